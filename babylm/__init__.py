@@ -1,0 +1,1 @@
+"""What the numbered stages share: small, flat, one job per file."""

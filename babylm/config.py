@@ -1,0 +1,432 @@
+"""Every YAML key of the pipeline: its type, default, range and meaning; and how a file becomes a checked config.
+
+One YAML is one named, complete run. `load` reads it, applies command-line overrides (`training.lr=1e-4`), validates
+everything at once and either returns the stage's config or exits with all mistakes listed, each with its full path.
+
+Keys are marked as *identity* or not. A run folder can be resumed only by a config whose identity keys are equal:
+those that define the model, the data, the loss and the optimisation. Where a file lies, how often a line is logged
+and on how many processes the batch is spread are not part of what a run *is*.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class UserError(Exception):
+    """Something a user can mend in a file or a command: shown without a traceback, before compute is spent."""
+
+
+# ---- The building blocks of the schema ------------------------------------------------------------------------------
+
+
+def key(default: Any, meaning: str, *, identity: bool = True, **limits: Any) -> Any:
+    """A config key: `default` (`...` = required), what it means, whether it is part of a run's identity, its range."""
+    return Field(default, description=meaning, json_schema_extra={"identity": identity}, **limits)
+
+
+def parse_word_count(value: Any) -> Any:
+    """'100K' -> 100_000, '1M' -> 1_000_000, '2.5M' -> 2_500_000; anything else passes through to the type check."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB])", value.strip(), re.IGNORECASE)):
+        return round(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()])
+    return value
+
+
+WordCount = Annotated[int, BeforeValidator(parse_word_count), Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, numbers may be written `3e-4` (YAML alone reads that as text)."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_empty(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("the section is empty: give it keys, or remove its heading to take the defaults")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_bool_as_number(cls, value: Any, info: Any) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError(f"got {str(value).lower()}, which is not a valid value here")
+        return value
+
+
+# ---- Stage 1: the corpus --------------------------------------------------------------------------------------------
+
+
+class CorpusSection(Section):
+    input: str = key("train_10M", "folder with one <domain>.train file per domain (also .dev, .test)")
+    output: str = key("corpus_split", "folder to write: text parts, manifest.json, tokenizer, token store", identity=False)
+    demo_words: WordCount | None = key(None, "generate the embedded demo corpus of about this many words into `input`")
+    demo_pairs: int = key(0, "demo corpus only: held-out minimal pairs per phenomenon, written to <output>/pairs", ge=0)
+    max_words: WordCount | None = key(None, "draw whole documents up to this many words, each domain by its share")
+    validation_fraction: float = key(
+        0.05, "share of each domain's words that goes to validation, by document; 1.0 makes an evaluation-only corpus",
+        ge=0.0, le=1.0,
+    )
+    boundaries: dict[str, str] = key(
+        {}, "per domain or `default`: auto | blank | heading | lines:N - what starts a new document"
+    )
+    chunk_lines: int = key(100, "lines per document where a file marks none (boundary `auto` finds nothing)", ge=1)
+    max_document_words: int = key(100_000, "longer documents are cut at a line end, so that memory stays bounded", ge=100)
+    clean: bool = key(True, "apply the cleaning rules of babylm/cleaning.py")
+    cleaning: dict[str, list[str]] = key({}, "per domain or `default`: names of rules instead of the defaults")
+    encoding_errors: Literal["strict", "replace", "ignore"] = key("strict", "what to do with bytes that are not UTF-8")
+    drop_duplicates: bool = key(False, "leave documents out of the training part that validation also holds")
+
+    @field_validator("boundaries")
+    @classmethod
+    def known_boundary(cls, value: dict[str, str]) -> dict[str, str]:
+        for domain, rule in value.items():
+            if not re.fullmatch(r"auto|blank|heading|lines:[1-9]\d*", rule):
+                raise ValueError(f"{domain}: {rule!r} is not one of auto, blank, heading, lines:N")
+        return value
+
+
+class TokenizerSection(Section):
+    path: str | None = key(None, "a local folder or hub name, such as gpt2; without it a tokenizer is trained here")
+    vocab_size: int = key(16_000, "entries of a tokenizer trained here, special tokens included", ge=300, le=2**31)
+    min_frequency: int = key(2, "pairs seen less often are not merged", ge=1)
+
+
+class DownloadSection(Section):
+    strict_small: str = key("BabyLM-community/BabyLM-2026-Strict-Small", "hub dataset of the 10M-word corpus")
+    strict: str = key("BabyLM-community/BabyLM-2026-Strict", "hub dataset of the 100M-word corpus")
+    revision: str = key("main", "branch, tag or commit of that dataset")
+
+
+class CorpusConfig(Section):
+    """Stage 1, `combine_babylm.py`."""
+
+    seed: int = key(0, "drives which documents are drawn and which are held out", ge=0)
+    fresh: bool = key(False, "move an existing output folder made with other settings aside", identity=False)
+    corpus: CorpusSection = key(CorpusSection(), "the text")
+    tokenizer: TokenizerSection = key(TokenizerSection(), "the vocabulary")
+    download: DownloadSection = key(DownloadSection(), "where --download finds the published corpora", identity=False)
+
+
+# ---- Stages 2 to 4: one run of training -----------------------------------------------------------------------------
+
+
+class DataSection(Section):
+    corpus: str = key("corpus_split", "folder written by stage 1", identity=False)
+    tokenizer: str | None = key(None, "folder or hub name; default: the tokenizer that stage 1 left in the corpus folder",
+                                identity=False)
+    seq_len: int = key(128, "tokens per block", ge=8)
+    random_chunk: bool = key(True, "every epoch cuts the text into blocks at an offset of its own")
+    offset_cycle: int | None = key(None, "number of different offsets before they repeat; default: they never do", ge=1)
+    eval_path: str | None = key(None, "another corpus folder of stage 1 whose validation part is used instead", identity=False)
+    eval_blocks: int = key(8192, "validation blocks, drawn once with a fixed seed that all runs share", ge=1)
+
+
+class ModelSection(Section):
+    init: Literal["random", "pretrained"] = key("random", "random weights from the keys below, or those in `path`")
+    path: str | None = key(None, "with init: pretrained - a folder or hub name, such as gpt2-large")
+    architecture: Literal["gpt2", "llama", "gptj"] = key("gpt2", "with init: random")
+    layers: int = key(12, "blocks", ge=1)
+    width: int = key(768, "width of the residual stream", ge=8)
+    heads: int = key(12, "attention heads", ge=1)
+    kv_heads: int | None = key(None, "llama: key/value heads (grouped-query attention); default: as many as heads", ge=1)
+    ffn: int | None = key(None, "inner width of the feed-forward; default: 4 x width (llama: 8/3 x width, to a multiple of 8)", ge=8)
+    tied: bool | None = key(None, "share input and output embeddings; default: gpt2 yes, llama and gptj no")
+    max_positions: int = key(1024, "longest input; the official evaluation needs at least 512", ge=8)
+    dropout: float = key(0.0, "on embeddings, attention and residuals (llama: attention only)", ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def shapes_fit(self) -> "ModelSection":
+        if self.init == "pretrained" and not self.path:
+            raise ValueError("init: pretrained needs model.path, a folder or hub name")
+        if self.init == "random" and self.path:
+            raise ValueError(f"model.path is {self.path!r} but init is random: set init: pretrained, or remove path")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.kv_heads and (self.architecture != "llama" or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads {self.kv_heads} needs architecture llama and must divide heads {self.heads}")
+        if self.architecture in ("llama", "gptj") and (self.width // self.heads) % 2:
+            raise ValueError("rotary positions need an even width per head")
+        return self
+
+
+class TrainingSection(Section):
+    steps: int | None = key(None, "optimizer steps; give exactly one of steps, epochs, words", ge=1)
+    epochs: float | None = key(None, "passes over the training text", gt=0)
+    words: WordCount | None = key(None, "words seen, repeats counted (the step that reaches the budget is the last)")
+    batch_size: int = key(32, "sequences per optimizer step, over all processes and accumulation", ge=1)
+    per_device_batch_size: int | None = key(None, "sequences that fit at once; default: all of a process's share",
+                                            identity=False, ge=1)
+    lr: float = key(2.5e-4, "peak learning rate", gt=0, le=10)
+    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "shape after the warm-up; cosine and linear end at 0")
+    warmup_steps: int = key(200, "steps of linear warm-up", ge=0)
+    weight_decay: float = key(0.1, "AdamW, on matrices only (not on biases and norms)", ge=0)
+    beta1: float = key(0.9, "AdamW", ge=0, lt=1)
+    beta2: float = key(0.999, "AdamW", ge=0, lt=1)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 = no clipping", ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "autocast type of forward and backward; weights stay fp32")
+    compile: bool = key(False, "torch.compile of the student (and teacher)", identity=False)
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time", identity=False)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one", identity=False)
+    threads: int | None = key(None, "CPU threads per process; default: torch's own choice", identity=False, ge=1)
+
+    @model_validator(mode="after")
+    def one_budget(self) -> "TrainingSection":
+        given = [name for name in ("steps", "epochs", "words") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, words (given: {', '.join(given) or 'none'})")
+        per_device = self.per_device_batch_size
+        if per_device and self.batch_size % per_device:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of per_device_batch_size {per_device}")
+        return self
+
+
+class CheckpointsSection(Section):
+    save_steps: int = key(1000, "steps between resume checkpoints", identity=False, ge=1)
+    keep: int = key(2, "resume checkpoints kept while the run goes on", identity=False, ge=1)
+    milestones: bool = key(True, "keep chck_1M...10M, 20...100M, 200...1000M: the revisions of the official evaluation",
+                           identity=False)
+    extra_words: list[WordCount] = key([], "further milestones, such as 100K for chck_100K", identity=False)
+    every_words: WordCount | None = key(None, "further milestones at every multiple of this", identity=False)
+    final: Literal["last", "best"] = key("last", "weights at the root: the last, or those of best validation CE")
+
+
+class LoggingSection(Section):
+    logging_steps: int = key(50, "steps between log lines", identity=False, ge=1)
+    eval_steps: int = key(500, "steps between validations; there is always one at the end", ge=1)
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
+
+
+class RunConfig(Section):
+    """What every training stage has."""
+
+    name: str = key(..., "the run's folder is <output>/<name>", identity=False, min_length=1)
+    output: str = key("models", "folder of all runs", identity=False)
+    seed: int = key(0, "weights, data order, dropout", ge=0)
+    fresh: bool = key(False, "move an existing run folder aside and start over", identity=False)
+    resume_path: str | None = key(None, "resume from this checkpoint-<step> folder instead of the newest whole one", identity=False)
+    data: DataSection = key(DataSection(), "what is read")
+    model: ModelSection = key(ModelSection(), "what is trained")
+    training: TrainingSection = key(..., "how it is trained")
+    checkpoints: CheckpointsSection = key(CheckpointsSection(), "what is kept")
+    logging: LoggingSection = key(LoggingSection(), "what is reported", identity=False)
+
+    @model_validator(mode="after")
+    def fits_together(self) -> "RunConfig":
+        if "." in self.name or "/" in self.name:
+            raise ValueError(f"name {self.name!r} must hold neither dots (the official evaluation files results under the"
+                             " part before a dot) nor slashes (use `output` for the folder)")
+        if self.model.init == "random" and self.data.seq_len > self.model.max_positions:
+            raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_positions {self.model.max_positions}")
+        if self.checkpoints.final == "best" and self.training.steps and self.logging.eval_steps > self.training.steps:
+            raise ValueError("checkpoints.final: best needs logging.eval_steps <= training.steps")
+        return self
+
+
+class LoraSection(Section):
+    mode: Literal["none", "lora", "qlora"] = key("none", "none = full fine-tuning; qlora keeps the base in 4 bits (NF4)")
+    rank: int = key(16, "rank of the update", ge=1)
+    alpha: float = key(32.0, "the update is scaled by alpha / rank", gt=0)
+    dropout: float = key(0.05, "on the adapter's input", ge=0, lt=1)
+    targets: list[str] = key([], "module names to adapt; default: all projections of attention and feed-forward")
+    modules_to_save: list[str] = key([], "modules trained in full beside the adapters, such as wte and lm_head")
+    merge_adapter: bool = key(True, "the final model is one plain model; false: it is base + adapter", identity=False)
+
+
+class TeacherConfig(RunConfig):
+    """Stage 2, `train_teacher.py`."""
+
+    lora: LoraSection = key(LoraSection(), "adapters")
+
+    @model_validator(mode="after")
+    def adapters_need_a_base(self) -> "TeacherConfig":
+        if self.lora.mode != "none" and self.model.init != "pretrained":
+            raise ValueError(f"lora.mode: {self.lora.mode} adapts pretrained weights: set model.init: pretrained and model.path")
+        return self
+
+
+class BaselineConfig(RunConfig):
+    """Stage 3, `train_baseline.py`: cross-entropy only."""
+
+
+class DistillationSection(Section):
+    teacher: str = key(..., "run folder (or plain checkpoint folder, or hub name) of the teacher", identity=False, min_length=1)
+    alpha: float | None = key(None, "shorthand for w_ce = alpha, w_kl = 1 - alpha", ge=0, le=1)
+    w_ce: float | None = key(None, "weight of the cross-entropy", ge=0)
+    w_kl: float | None = key(None, "weight of T^2 * KL(teacher || student)", ge=0)
+    temperature: float = key(1.0, "T, softens both distributions in the KL term", gt=0)
+    kl_reduction: Literal["token_mean", "batchmean"] = key(
+        "token_mean", "batchmean multiplies KL by the positions per sequence, as published code did; only to reproduce it"
+    )
+
+    @model_validator(mode="after")
+    def weights_given_once(self) -> "DistillationSection":
+        explicit = self.w_ce is not None or self.w_kl is not None
+        if explicit and self.alpha is not None:
+            raise ValueError("give either alpha or w_ce and w_kl, not both")
+        if not explicit and self.alpha is None:
+            raise ValueError("give alpha, or w_ce and w_kl")
+        if explicit and (self.w_ce is None or self.w_kl is None):
+            raise ValueError("w_ce and w_kl go together: give both")
+        if sum(self.weights) == 0:
+            raise ValueError("w_ce and w_kl are both 0: nothing would be learned")
+        return self
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(w_ce, w_kl), whichever way they were given."""
+        return (self.alpha, 1.0 - self.alpha) if self.alpha is not None else (self.w_ce, self.w_kl)
+
+
+class StudentConfig(RunConfig):
+    """Stage 4, `train_student.py`."""
+
+    distillation: DistillationSection = key(..., "what the teacher teaches")
+
+
+# ---- From files and flags to a config -------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """yaml.SafeLoader, but a key that stands twice is an error: PyYAML alone silently keeps the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise UserError(f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key "
+                                  f"{key_node.value!r} stands twice in the same section")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file. UserError names file and line of a syntax error, a missing or an empty file."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            values = yaml.load(stream, Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}; is the file empty?")
+    return values
+
+
+def apply_override(values: dict, override: str) -> None:
+    """Set one `a.b=value` (value in YAML syntax) in a nested mapping, in place."""
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise UserError(f"override {override!r}: write it as key=value, for example training.lr=1e-4")
+    *sections, leaf = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {section} is not a section")
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def check(schema: type[Section], values: dict, source: str) -> Any:
+    """`values` as a validated `schema`; UserError lists every mistake with its path, and the nearest known key."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{source}: {error.error_count()} mistake(s) in the config"]
+        lines += [f"  {_explain(schema, problem)}" for problem in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explain(schema: type[Section], problem: dict) -> str:
+    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    if problem["type"] == "extra_forbidden":
+        section, unknown = _section_at(schema, problem["loc"][:-1]), str(problem["loc"][-1])
+        near = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.5)
+        elsewhere = [name for name in _key_paths(schema) if name.split(".")[-1] == unknown]
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(section.model_fields)}"
+        return f"{path}: unknown key; " + (f"did you mean {elsewhere[0]}?" if elsewhere else hint)
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = "" if isinstance(given, dict) or problem["type"] in ("missing", "value_error") else f" (given: {given!r})"
+    return f"{path or 'config'}: {message}{shown}"
+
+
+def _section_at(schema: type[Section], path: tuple) -> type[Section]:
+    for part in path:
+        schema = schema.model_fields[part].annotation
+    return schema
+
+
+def _key_paths(schema: type[Section], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in schema.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        paths += _key_paths(field.annotation, f"{prefix}{name}.") if is_section else [prefix + name]
+    return paths
+
+
+def identity(config: Section) -> dict[str, Any]:
+    """The keys that make a run the run it is, as {"training.lr": 0.001, ...}; compared before a run is resumed."""
+    keys: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            keys |= {f"{name}.{inner}": held for inner, held in identity(value).items()}
+        elif field.json_schema_extra["identity"]:
+            keys[name] = value
+    return json.loads(json.dumps(keys))  # the same types as after a round trip through run/identity.json
+
+
+def content_hash(values: Any) -> str:
+    """A short hash of JSON-able values, for names and keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(schema: type[Section], default_path: str, description: str, arguments: list[str] | None = None,
+         flags: dict[str, dict] | None = None) -> tuple[Any, argparse.Namespace]:
+    """Read a stage's command line and YAML.
+
+    Args:
+        schema: the stage's config class.
+        default_path: YAML used without --config.
+        description: the script's docstring, shown by --help.
+        arguments: command line without the program name; default: sys.argv[1:].
+        flags: further options, {"--use_lora": {"action": "store_true", "key": "lora.mode", "value": "lora"}, ...}; a
+            flag with `key` becomes an override of that config key (with `value`, or with what the user gave).
+
+    Returns:
+        (config, parsed arguments).
+
+    Raises:
+        UserError: lists every mistake in the file and the overrides.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=default_path, help=f"YAML file (default: {default_path})")
+    targets = {}
+    for flag, options in (flags or {}).items():
+        options = dict(options)
+        targets[flag.lstrip("-")] = (options.pop("key", None), options.pop("value", None))
+        parser.add_argument(flag, **options)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the YAML, e.g. training.lr=1e-4 seed=2")
+    args = parser.parse_intermixed_args(arguments)
+
+    values = read_yaml(args.config)
+    for name, (path, value) in targets.items():
+        given = getattr(args, name)
+        if path and given:
+            apply_override(values, f"{path}={json.dumps(value if value is not None else given)}")
+    for override in args.overrides:
+        apply_override(values, override)
+    return check(schema, values, str(args.config)), args

@@ -1,0 +1,249 @@
+"""One plotting style, and the functions that read a run's numbers and draw them: for visual.py, sweeps and evaluation.
+
+Figures are made without pyplot, inside `style()`.  A run's place in the list gives its look: pass the same list to all.
+"""
+import json
+import math
+import os
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
+
+# Okabe and Ito's colours without yellow, which is too faint on white; the markers carry the difference in greyscale.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS, DASHES = "os^DvPX<", ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+GREY, KINDS, SCALES = "#666666", ("train", "validation"), ("linear", "log")
+SMALL = {"fontsize": 6, "color": GREY, "textcoords": "offset points"}
+FLAG = {"linestyle": "", "marker": "v", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.7}
+LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate"}
+X_AXES = {"steps": ("step", "optimizer steps"), "words": ("words", "words seen"), "time": ("seconds", "seconds")}
+RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"},
+      "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5,
+      "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+      "xtick.major.size": 2.5, "ytick.major.size": 2.5, "axes.grid": True, "grid.color": "#E4E4E4",
+      "grid.linewidth": 0.5, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "babylm", "savefig.dpi": 200}
+style = partial(matplotlib.rc_context, RC)    # `with style():` or `@style()`: the look, whatever matplotlibrc says
+
+@dataclass(eq=False)
+class Run:
+    folder: Path
+    name: str
+    train: list[dict] = field(default_factory=list)
+    evals: list[dict] = field(default_factory=list)
+    milestones: dict[str, dict] = field(default_factory=dict)
+    scores: dict | None = None
+    finished: bool = False
+    problems: list[str] = field(default_factory=list)     # for the user: what was missing, skipped or not finite
+
+    @property
+    def label(self) -> str:
+        mark = " (unfinished)" if (self.train or self.evals) and not self.finished else ""
+        return " " * self.name.startswith("_") + self.name + mark          # matplotlib hides labels that start with _
+
+def number(value) -> float:
+    """A finite float, or NaN for null, NaN, infinity and anything that is no number."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
+
+def _table(text):
+    with suppress(ValueError):
+        return value if isinstance(value := json.loads(text), dict) else None
+
+def load_metrics(folder) -> Run:
+    """Read run/metrics.jsonl, finished.json and scores.json of a run folder; what is wrong with them: `problems`."""
+    folder = Path(os.path.abspath(folder))
+    folder = folder.parent if folder.name == "run" else folder
+    run, path = Run(folder, folder.name), folder / "run" / "metrics.jsonl"
+    run.finished, score_path = path.with_name("finished.json").is_file(), path.with_name("scores.json")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n") if path.is_file() else []
+    for count, line in enumerate(lines, start=1):
+        row = _table(line) if line.strip() else {}
+        if row is None:
+            run.problems.append(f"{path}:{count}: {'not a JSON object' if lines[count:] else 'cut short'}, skipped")
+        elif row.get("kind") == "milestone":
+            run.milestones[str(row.get("name")).removeprefix("chck_")] = row
+        elif row.get("kind") in ("train", "eval"):
+            rows = run.train if row["kind"] == "train" else run.evals
+            # A resumed run repeats the steps after its last checkpoint: what it logged last is what counts.
+            while rows and number(rows[-1].get("step")) >= number(row.get("step")):
+                rows.pop()
+            rows.append(row)
+    gaps = Counter(f"{row['kind']} {key}" for row in run.train + run.evals for key, value in row.items()
+                   if value is None or (isinstance(value, float) and not math.isfinite(value)))
+    run.problems += [f"{path}: {what} is not finite {count} time(s): gaps" for what, count in gaps.items()]
+    if score_path.is_file():
+        run.scores = _table(score_path.read_bytes().decode("utf-8", errors="replace"))
+        run.problems += [f"{score_path}: not a JSON object, ignored"] if run.scores is None else []
+    if not (run.train or run.evals or run.scores):
+        what = f"run/metrics.jsonl {'holds no numbers' if lines else 'is missing'}, and there is no run/scores.json"
+        run.problems.append(what if folder.is_dir() else "no such folder")
+    return run
+
+def points(run, metric, x="words", window=1, log=False) -> dict:
+    """{"train": (x, y), "validation": (x, y)}, each if it has a finite value; gaps are NaN, train is a running mean."""
+    found, (outer, _, inner) = {}, metric.partition(".")                   # ce_by_domain.childes looks inside
+    for kind, rows, width in (("train", run.train, window), ("validation", run.evals, 1)):
+        values = []
+        for row in rows:
+            table, key = (row[outer], inner) if isinstance(row.get(outer), dict) else (row, metric)
+            if metric == "perplexity" and "ce" in row:                     # it is exp(CE) and nothing else
+                table = {key: math.exp(min(number(row["ce"]), 700.0))}
+            if key in table and not math.isnan(place := number(row.get(X_AXES[x][0]))):
+                values.append((place, number(table[key])))
+        place, y = np.array(values).reshape(-1, 2).T
+        y = np.where(y > 0, y, np.nan) if log else y
+        y = np.array([np.nanmean(y[max(0, i + 1 - width):i + 1]) if y[i] == y[i] else np.nan for i in range(len(y))])
+        if np.isfinite(y).any():
+            found[kind] = (place, y)
+    return found
+
+def scored(run, part) -> dict:
+    """The table `pairs` or `by_domain` of a run's scores, without entries that are no tables themselves."""
+    table = (run.scores or {}).get(part)
+    return {key: value for key, value in table.items() if isinstance(value, dict)} if isinstance(table, dict) else {}
+
+def si(value, _=None) -> str:
+    """100000 -> 100K, 2560000 -> 2.56M, 0.0002 -> 2e-4."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size * 0.9999:
+            return f"{value / size:.3g}{letter}"
+    mantissa, _, power = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(power)}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
+
+def look(index, **changes) -> dict:
+    return {"color": COLOURS[index % 7], "marker": MARKERS[index % 8], "linestyle": DASHES[index // 7 % 4],
+            "linewidth": 1.2, "markersize": 3.4, "markeredgecolor": "white", "markeredgewidth": 0.4, **changes}
+
+def _legends(fig, shown, used=()):
+    """Run names above the panels, the kinds of mark below them; the figure grows by the rows of names it needs."""
+    lines = [Line2D([], [], label=run.label, **look(index)) for index, run in shown]
+    columns = int((fig.get_figwidth() - 0.1) / (0.42 + 0.054 * max(len(run.label) for _, run in shown))) or 1
+    fig.set_figheight(fig.get_figheight() + 0.13 * (math.ceil(len(lines) / columns) - 2))
+    fig.legend(handles=lines, loc="outside upper left", ncols=columns, columnspacing=1.2, labelspacing=0.25)
+    kinds = {"train": {"linewidth": 0.6}, "validation": look(0), "milestone": {"markeredgecolor": GREY, **FLAG}}
+    keys = [Line2D([], [], label=kind, **{**how, "color": GREY}) for kind, how in kinds.items() if kind in used]
+    if keys:
+        fig.legend(handles=keys, loc="outside lower center", ncols=3, columnspacing=1.4)
+
+@style()
+def save(fig, path) -> list[Path]:
+    """Write `<path>.png` and `<path>.svg`, each under a temporary name first; the same figure gives the same bytes."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    written = [Path(f"{path}.png"), Path(f"{path}.svg")]
+    for final, stamp in zip(written, ("Software", "Date")):
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        fig.savefig(temporary, format=final.suffix[1:], metadata={stamp: None})
+        os.replace(temporary, final)
+    return written
+
+def _ticks(axis, low, high, log=False):
+    subs = (1,) if high > 2e3 * low else (1, 2, 5) if high > 10 * low else (1, 2, 3, 5)
+    plain = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    axis.set_major_locator(LogLocator(subs=subs) if log and high > 3 * low else plain)
+    axis.set_major_formatter(FuncFormatter(si))
+    axis.set_minor_formatter(NullFormatter())
+
+def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> set[str]:
+    """Draw one metric of every run into `ax`; returns the kinds of mark used: train (thin), validation, milestone."""
+    log_y, spots, (x_key, x_label) = log_y or metric == "perplexity", {}, X_AXES[x]
+    drawn = [points(run, metric, x, window, log_y) for run in runs]
+    end = max((place.max() for found in drawn for place, _ in found.values()), default=0) or 1
+    unit, x_label = (1, x_label) if x != "time" or end <= 180 else (60, "minutes") if end < 10800 else (3600, "hours")
+    end, above = end / unit, ax.transData + ScaledTranslation(0, 3.4 / 72, ax.figure.dpi_scale_trans)
+    for index, (run, found) in enumerate(zip(runs, drawn)):
+        for kind, (place, y) in found.items():
+            if kind == "train" and len(found) == 2:
+                ax.plot(place / unit, y, color=COLOURS[index % 7], linewidth=0.6, alpha=0.45, zorder=2)
+            else:                            # alone, train curves such as lr often coincide: dashes tell them apart
+                dashes, every = DASHES[(index if kind == "train" else index // 7) % 4], max(1, len(y) // 12)
+                ax.plot(place / unit, y, **look(index, linestyle=dashes, markevery=(index * every // 3 % every, every)))
+        for name, row, (place, y) in ((*flag, curve) for flag in run.milestones.items() for curve in found.values()):
+            where, place, y = number(row.get(x_key)) / unit, place[np.isfinite(y)] / unit, y[np.isfinite(y)]
+            if place[0] - 0.02 * end <= where <= place[-1] + 0.02 * end:   # on the validation curve where it reaches
+                spots[index, name] = (where, float(np.interp(where, place, y)))
+    ax.margins(y=0.09)
+    ax.set(xlabel=x_label, ylabel=LABELS.get(metric, metric), xlim=(-0.02 * end, 1.04 * end), yscale=SCALES[log_y])
+    train, validation = ([v for found in drawn if kind in found for v in found[kind][1] if v == v] for kind in KINDS)
+    low, high = min(train + validation, default=1), max(train + validation, default=1)
+    _ticks(ax.xaxis, 0, end)
+    _ticks(ax.yaxis, low, high, log_y)
+    top = max(*validation, np.percentile(train, 97)) if train and validation else high
+    if not log_y and high - low > 1.15 * (top - low) > 0:   # the first steps would press the rest flat: cut, and say so
+        ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+        ax.annotate(f"cut: train up to {high:.3g}", (1, 1), (0, -1), "axes fraction", ha="right", va="top", **SMALL)
+    for (index, _), spot in spots.items():
+        ax.plot(*spot, transform=above, zorder=4, markeredgecolor=COLOURS[index % 7], **FLAG)
+    flags, last = {name: spot for (_, name), spot in sorted(spots.items(), key=lambda item: item[1][1])}, -end
+    for name, spot in sorted(flags.items(), key=lambda item: item[1]):      # each name once, over the highest curve
+        if names and len(flags) <= 6 and spot[0] - last > 0.36 * end / ax.figure.get_figwidth():
+            ax.annotate(name, spot, (0, 6.2), ha="center", va="bottom", zorder=5, **SMALL)
+            last = spot[0]
+    return {*(KINDS if any(len(found) == 2 for found in drawn) else ()), *(["milestone"] if flags else ())}
+
+@style()
+def curve_figure(runs, metrics, x="words", width=3.3, window=1, log_y=False):
+    """A figure with one panel per metric that some run has (four: 2 x 2, fewer: one row), or None without any."""
+    found = {m: [run for run in runs if points(run, m, x, 1, log_y or m == "perplexity")] for m in metrics}
+    if not (metrics := [metric for metric in metrics if found[metric]]):
+        return None
+    columns = math.ceil(len(metrics) / (rows := 2 if len(metrics) > 3 else 1))
+    fig = Figure(figsize=(width, 2.4 * rows if width / columns < 5 else 3.2), layout="constrained")
+    used = [curves(fig.add_subplot(rows, columns, place + 1), runs, metric, x, window, log_y, len(metrics) == 1)
+            for place, metric in enumerate(metrics)]
+    _legends(fig, [pair for pair in enumerate(runs) if any(pair[1] in found[m] for m in metrics)], set().union(*used))
+    return fig
+
+def _dots(runs, tables, key, group, width, sign, title=""):
+    """Rows by name, the best on average on top, the group shaded below; a marker per run, 95 % Wilson bars with n."""
+    shown, means = [(index, run) for index, run in enumerate(runs) if tables[index]], {}
+    for name in {name for table in tables for name in table}:
+        values = [value for table in tables if (value := number(table.get(name, {}).get(key))) == value]
+        means[name] = sum(values) / max(1, len(values))
+    names = sorted(means, key=lambda name: (name in group, sign * means[name], name))
+    fig = Figure(figsize=(width, 0.75 + len(names) * max(0.17, 0.055 * len(shown))), layout="constrained")
+    ax, first = fig.subplots(), sum(name not in group for name in names)
+    for (index, _), shift in zip(shown, np.linspace(-0.28, 0.28, len(shown)) if len(shown) > 1 else [0.0]):
+        for place, name in enumerate(names):
+            p, n = (number(tables[index].get(name, {}).get(part)) for part in (key, "n"))
+            if n > 0 and 0 <= p <= 1:
+                ends = p + 1.92 / n + np.array([-1.96, 1.96]) * math.sqrt(p * (1 - p) / n + 0.96 / n**2)
+                ax.plot(ends / (1 + 3.84 / n), [place + shift] * 2, color=COLOURS[index % 7], linewidth=0.7, alpha=0.6)
+            ax.plot(p, place + shift, **look(index, linestyle=""))
+    if first < len(names):
+        ax.axhspan(first - 0.5, len(names) - 0.4, color="#F1F1F1", zorder=0, linewidth=0)
+        ax.annotate(title, (1, first - 0.5), (-1, -1), ("axes fraction", "data"), ha="right", va="top", **SMALL)
+    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    _legends(fig, shown)
+    return fig, ax
+
+@style()
+def pairs_plot(runs, width=3.3):
+    """Accuracy on minimal pairs, long-distance phenomena apart, and the chance line; None without data."""
+    tables = [scored(run, "pairs") for run in runs]
+    if not any(tables):
+        return None
+    far = {name for table in tables for name, row in table.items() if row.get("long_distance")}
+    fig, ax = _dots(runs, tables, "accuracy", far, width, -1, "long-distance")
+    ax.axvline(0.5, color=GREY, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.6)
+    ax.set_xlabel("accuracy with 95 % interval (dashed: chance)")
+    return fig
+
+@style()
+def domains_plot(runs, width=3.3):
+    """Perplexity per domain and over everything, on a log axis: a marker per run; None without data."""
+    tables = [{**table, "all": run.scores} if (table := scored(run, "by_domain")) else {} for run in runs]
+    if not any(tables):
+        return None
+    fig, ax = _dots(runs, tables, "perplexity", {"all"}, width, 1)
+    ax.set(xscale="log", xlabel="validation perplexity (lower is better)")
+    _ticks(ax.xaxis, *ax.get_xlim(), log=True)
+    return fig

@@ -1,0 +1,83 @@
+"""The Hugging Face hub: downloading the published corpora, and the model card that every final model carries."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from babylm.config import DownloadSection, RunConfig, UserError
+
+if TYPE_CHECKING:
+    from babylm.run_folder import RunFolder
+
+
+def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
+    """Fetch a published corpus (its *.train files) into `folder`: with a progress bar, continuing what was cut off.
+
+    Args:
+        section: repository names.
+        which: "strict-small" (10M words) or "strict" (100M words).
+        folder: where the .train files go; files that are there and whole are not fetched again.
+
+    Raises:
+        UserError: no network, no such repository, access refused, or the repository holds no .train files.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repository = section.strict_small if which == "strict-small" else section.strict
+    where = f"{repository} (revision {section.revision})"
+    print(f"downloading {where} into {folder}", flush=True)
+    try:
+        snapshot_download(repository, repo_type="dataset", revision=section.revision, local_dir=folder,
+                          allow_patterns=["*.train", "**/*.train"])
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no dataset {where}, or it needs a login (hf auth login): check download.* in the config") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise UserError(f"could not download {where}: no network, or the hub did not answer ({type(error).__name__}). What has "
+                        "arrived is kept: run the same command again, or put the .train files into the input folder yourself") from error
+    for file in sorted(folder.glob("*/**/*.train")):  # repositories that keep them in a sub-folder
+        if ".cache" not in file.parts:
+            os.replace(file, folder / file.name)
+    if not list(folder.glob("*.train")):
+        raise UserError(f"the hub dataset {where} holds no .train files: check download.* in the config")
+
+
+def model_card(config: RunConfig, folder: "RunFolder", result: dict[str, Any]) -> str:
+    """The README.md of a final model: what it is, what it has seen, how it scores, how to load it."""
+    domains = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["ce_by_domain"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [babylm]
+---
+
+# {config.name}
+
+Trained by `{folder.stage}` (seed {config.seed}): {result["parameters"]:,} parameters, {result["words_seen"]:,} words seen
+(repeats counted), weights of step {result["weights_from_step"]:,} of {result["steps"]:,}.
+
+Validation cross-entropy {result["ce"]:.4f} nats per token, perplexity {result["perplexity"]:.2f}.
+
+| domain | CE (nats per token) |
+|---|---|
+{domains}
+
+## Word ledger
+
+```json
+{json.dumps(result["ledger"], indent=1)}
+```
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/{config.name}")
+tokenizer = AutoTokenizer.from_pretrained("path/to/{config.name}")  # prepends the start token by itself
+```
+
+The exact configuration is in `run/config.yaml`, the versions, the commit and the command in `run/record.json`.
+"""

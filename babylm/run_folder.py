@@ -1,0 +1,343 @@
+"""One run = one folder `models/<name>/`: its record, its resume point, whether it finished, who may read it.
+
+    <root>               the final model, loadable by AutoModelForCausalLM.from_pretrained
+    chck_<N>M/           milestone checkpoints, kept for ever
+    checkpoint-<step>/   resume state; the newest are kept while the run goes on, none after it finished
+    run/                 config.yaml, identity.json, record.json, metrics.jsonl, status.json, finished.json
+
+Everything is written under a temporary name and renamed, so that a file that is there is whole.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from babylm.config import RunConfig, UserError, content_hash, identity
+from custom_dataset import DataError
+
+PREEMPTED_EXIT = 75  # EX_TEMPFAIL: a scheduler requeues, dependent jobs do not start
+RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "bitsandbytes", "numpy")
+
+
+# ---- Atomic files ---------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(values, indent=1, sort_keys=False) + "\n")
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name `path` when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        seal(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Write `complete.json`, the sizes of all files, after flushing them to disk: what `is_whole` checks."""
+    sizes = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "complete.json"):
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+        sizes[str(file.relative_to(folder))] = file.stat().st_size
+    write_json(folder / "complete.json", sizes)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a sealed folder still has every file at its full size."""
+    try:
+        sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """The folder of one run. Only the main process (rank 0) writes; others read.
+
+    Args:
+        config: the stage's config.
+        stage: script name, such as "train_student.py".
+        main: whether this process writes.
+    """
+
+    def __init__(self, config: RunConfig, stage: str, main: bool = True):
+        self.config, self.stage, self.main = config, stage, main
+        self.root = Path(config.output) / config.name
+        self.run = self.root / "run"
+        self.metrics = self.run / "metrics.jsonl"
+
+    # -- before training
+
+    def already_finished(self) -> dict | None:
+        """The content of finished.json, if this run reached its end."""
+        return read_finished(self.root)
+
+    def open(self, data: dict[str, str]) -> Path | None:
+        """Create the folder, or continue in it; write the record.
+
+        Args:
+            data: fingerprints of what is read, e.g. {"train": ..., "val": ..., "tokenizer": ..., "teacher": ...}. Part
+                of the run's identity.
+
+        Returns:
+            The checkpoint to resume from, or None to start at step 0.
+
+        Raises:
+            UserError: the folder holds another run (the differing keys are listed), is not writable, or
+                `resume_path` is no whole checkpoint.
+        """
+        mine = {**identity(self.config), **{f"fingerprint.{name}": value for name, value in data.items()}}
+        recorded = self.run / "identity.json"
+        if self.main:
+            if self.config.fresh and self.root.exists():
+                self._move_aside()
+            if recorded.is_file():
+                self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
+            elif self.root.is_dir() and any(self.root.iterdir()):
+                raise UserError(f"{self.root} exists but is no run folder of this pipeline: choose another name=, "
+                                "or fresh=true to move it aside")
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+                write_json(recorded, mine)
+            except OSError as error:
+                raise UserError(f"cannot write to {self.root}: {error.strerror}; choose another output= or free some space") from error
+            for stale in [*self.root.glob(".*.tmp"), *self.run.glob(".*.tmp")]:  # what a killed process was writing
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            write_text(self.run / "config.yaml", yaml.safe_dump(self.config.model_dump(), sort_keys=False))
+            write_json(self.run / "record.json", self._record(mine, data))
+            self.set_status("pending")
+        checkpoint = self.resume_point()
+        if self.main:
+            self.forget_metrics_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+        return checkpoint
+
+    def _move_aside(self) -> None:
+        number = 1
+        while (aside := self.root.with_name(f"{self.root.name}-old{number}")).exists():
+            number += 1
+        os.rename(self.root, aside)
+        print(f"fresh: moved the old {self.root} to {aside}", flush=True)
+
+    def _require_same(self, theirs: dict, mine: dict) -> None:
+        changed = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+        if not changed:
+            return
+        lines = [f"  {name}: {theirs.get(name)!r} there, {mine.get(name)!r} now" for name in changed]
+        advice = (f"name={self.config.name}-s{self.config.seed}" if changed == ["seed"] else "another name=")
+        raise UserError(f"{self.root} holds a run with other settings:\n" + "\n".join(lines) +
+                        f"\nUse {advice}, put the settings back to resume it, or fresh=true to move it aside and start over")
+
+    def _record(self, mine: dict, data: dict[str, str]) -> dict:
+        import torch
+
+        versions = {}
+        for package in RECORDED_PACKAGES:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+        return {"stage": self.stage, "name": self.config.name, "seed": self.config.seed,
+                "command": shlex.join([Path(sys.executable).name, *sys.argv]), "identity_hash": content_hash(mine), "data": data,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_commit": _git("rev-parse", "HEAD"),
+                "git_diff": _git("diff", "HEAD"), "python": platform.python_version(), "packages": versions,
+                "device": device, "cpus": os.cpu_count(), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+    # -- resume
+
+    def checkpoints(self) -> list[Path]:
+        """checkpoint-<step> folders, oldest first, whole or not."""
+        found = [p for p in self.root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+    def resume_point(self) -> Path | None:
+        """The newest whole checkpoint (or `resume_path`), telling the user of damaged ones it passes over."""
+        if self.config.resume_path:
+            path = Path(self.config.resume_path)
+            if not re.fullmatch(r"checkpoint-\d+", path.name) or not is_whole(path):
+                raise UserError(f"resume_path: {path} is not a whole checkpoint-<step> folder; whole ones here: "
+                                f"{', '.join(p.name for p in self.checkpoints() if is_whole(p)) or 'none'}")
+            return path
+        for checkpoint in reversed(self.checkpoints()):
+            if is_whole(checkpoint):
+                return checkpoint
+            if self.main:
+                print(f"warning: {checkpoint} is damaged (cut short while it was saved?): not used", flush=True)
+        return None
+
+    def rotate(self) -> None:
+        """Delete all but the newest `checkpoints.keep` whole checkpoints."""
+        whole = [p for p in self.checkpoints() if is_whole(p)]
+        for old in whole[: -self.config.checkpoints.keep]:
+            shutil.rmtree(old)
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop metrics that a run wrote beyond the step it resumes from; they will be written again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    # -- while it runs
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        if self.main:
+            with open(self.metrics, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def set_status(self, state: str, reason: str = "") -> None:
+        """run/status.json: pending, running, preempted, done or failed. What a batch script looks at."""
+        if self.main and self.run.is_dir():
+            write_json(self.run / "status.json", {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    def install_final(self, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a temporary folder with the final model, then move its files to the root."""
+        staging = self.root / ".final.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            write(staging)
+            for file in staging.iterdir():
+                target = self.root / file.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(file, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run reached its configured end: write finished.json and drop the resume state."""
+        write_json(self.run / "finished.json", result)
+        self.set_status("done")
+        for checkpoint in self.checkpoints():
+            shutil.rmtree(checkpoint)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# ---- What the next stage may read -----------------------------------------------------------------------------------
+
+
+def read_finished(root: Path) -> dict | None:
+    """finished.json of a run folder, or None."""
+    path = root / "run" / "finished.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def require_finished(path: str, needed_by: str) -> None:
+    """Refuse a local run folder that is missing or unfinished, naming the command that makes it.
+
+    A plain checkpoint folder without a run record (downloaded, say) passes if it holds a config.json; a name that is no
+    local path is left to the hub.
+    """
+    root = Path(path)
+    if not root.exists():
+        # org/name or a bare hub name; anything that looks like a local path is a mistake
+        if re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not path.startswith("models/"):
+            return
+        raise UserError(f"{needed_by}: {path} does not exist; make it first, for example: python train_teacher.py name={root.name}")
+    if (root / "run").is_dir() and read_finished(root) is None:
+        record = json.loads((root / "run" / "record.json").read_text(encoding="utf-8")) if (root / "run" / "record.json").is_file() else {}
+        command = record.get("command", f"python train_teacher.py name={root.name}")
+        raise UserError(f"{needed_by}: {path} is an unfinished run; finish it first: {command}")
+    if not ((root / "config.json").is_file() or (root / "adapter_config.json").is_file()):
+        raise UserError(f"{needed_by}: {path} holds no model (no config.json)")
+
+
+# ---- How every stage script starts and ends -------------------------------------------------------------------------
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGUSR1: the run then saves at the end of the step and stops."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self.signal_name = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a script's main: mistakes of the user are shown without a traceback, a preempted run exits with code 75."""
+    try:
+        main()
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Preempted as stop:
+        print(f"preempted: {stop}", flush=True)
+        sys.exit(PREEMPTED_EXIT)
+
+
+@contextlib.contextmanager
+def status_of(folder: RunFolder) -> Iterator[None]:
+    """Keep run/status.json true while a run goes on: running, and failed or preempted if it does not get to its end."""
+    folder.set_status("running")
+    try:
+        yield
+    except Preempted as stop:
+        folder.set_status("preempted", str(stop))
+        raise
+    except BaseException as error:
+        folder.set_status("failed", "".join(traceback.format_exception_only(error)).strip())
+        raise

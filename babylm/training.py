@@ -1,0 +1,552 @@
+"""The one place that builds TrainingArguments and a Trainer: batch arithmetic, the log line, validation, milestones,
+resume checkpoints, preemption, and the end of a run. Every training stage calls the same four functions, in this order:
+`start_process`, `open_run`, `load_data`, `train`.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from babylm import hub, models
+from babylm.config import RunConfig, UserError
+from babylm.distillation import Distiller, trainable_parameters
+from babylm.run_folder import (
+    Preempted,
+    RunFolder,
+    StopRequest,
+    folder_written_whole,
+    read_finished,
+    require_finished,
+    seal,
+    status_of,
+    write_json,
+)
+from custom_dataset import EvalBlocks, TextPart, TokenBlocks, file_sha256, open_store, tokenizer_fingerprint
+
+MILLION = 1_000_000
+# Revision names that the official evaluation loops over.
+OFFICIAL_MILESTONES = [n * MILLION for n in (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))]
+RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this checkpoint-<step> folder"}}
+
+
+# ---- Before training ------------------------------------------------------------------------------------------------
+
+
+def start_process(config: RunConfig) -> torch.device:
+    """Check the hardware against the config, set threads, and join the process group if there is one."""
+    device = models.choose_device(config.training)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    PartialState(cpu=device.type == "cpu")
+    return device
+
+
+def open_run(config: RunConfig, stage: str, teacher: str | None = None) -> RunFolder | None:
+    """Check what the run reads and open its folder; None (with a line for the user) if the run is finished already.
+
+    The run's identity holds the content of what is read: text, tokenizer and teacher weights, not where they lie.
+    """
+    state = PartialState()
+    if teacher:
+        require_finished(teacher, f"{stage}: distillation.teacher")
+    tokenizer = models.load_tokenizer(tokenizer_path(config))
+    data = {"train": TextPart(config.data.corpus, "train").sha256,
+            "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256,
+            "tokenizer": tokenizer_fingerprint(tokenizer)}
+    if teacher:
+        models.require_same_vocabulary(teacher, tokenizer, "teacher")
+        data["teacher"] = weights_fingerprint(teacher)
+    folder = RunFolder(config, stage, main=state.is_main_process)
+    with state.main_process_first():  # the main process checks, records and cleans up before the others look
+        folder.resume_from = folder.open(data)
+    finished = read_finished(folder.root)
+    if finished:
+        if state.is_main_process:
+            print(f"{folder.root} is finished ({finished['steps']:,} steps, validation CE {finished['ce']:.4f}): "
+                  "nothing to do; fresh=true starts over")
+            folder.set_status("done")
+        return None
+    return folder
+
+
+def tokenizer_path(config: RunConfig) -> str:
+    """Folder or hub name of the run's tokenizer: the one named in the config, or the one that stage 1 left."""
+    return config.data.tokenizer or str(Path(config.data.corpus) / "tokenizer")
+
+
+def weights_fingerprint(path: str) -> str:
+    """A hash of a model folder's weights; a hub name stands for itself."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    return "-".join(file_sha256(file)[:16] for file in files) or path
+
+
+@dataclass
+class Data:
+    """What a run reads: the tokenizer, all training items in order, and a fixed sample for validation."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenBlocks
+    val: EvalBlocks
+
+
+def load_data(config: RunConfig) -> Data:
+    """Open (or build) the token stores and lay out the training items of the whole run."""
+    tokenizer = models.load_tokenizer(tokenizer_path(config))
+    section = config.data
+    train = TokenBlocks(open_store(section.corpus, "train", tokenizer), section.seq_len, config.seed,
+                        random_chunk=section.random_chunk, offset_cycle=section.offset_cycle)
+    train.items = total_steps(config, train) * config.training.batch_size
+    val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", tokenizer), section.seq_len, section.eval_blocks)
+    return Data(tokenizer, train, val)
+
+
+def total_steps(config: RunConfig, train: TokenBlocks) -> int:
+    """Optimizer steps of the run, from whichever of steps, epochs and words the config gives."""
+    training = config.training
+    if training.steps:
+        return training.steps
+    items = math.ceil(training.epochs * train.blocks_per_epoch) if training.epochs else train.items_for_words(training.words)
+    return math.ceil(items / training.batch_size)
+
+
+def accumulation_steps(config: RunConfig, processes: int) -> tuple[int, int]:
+    """(sequences per device and micro-step, micro-steps per optimizer step). UserError where they do not multiply out."""
+    batch = config.training.batch_size
+    if batch % processes:
+        raise UserError(f"training.batch_size {batch} is not a multiple of the {processes} processes")
+    share = batch // processes
+    per_device = config.training.per_device_batch_size or share
+    if share % per_device:
+        raise UserError(f"training.batch_size {batch} on {processes} processes is {share} sequences each, which is not a multiple "
+                        f"of per_device_batch_size {per_device}")
+    return per_device, share // per_device
+
+
+def milestones_between(config: RunConfig, before: int, now: int) -> list[str]:
+    """Folder names of the milestones m with before < m <= now (words), ascending: none is skipped by a large step."""
+    section = config.checkpoints
+    words = {*section.extra_words, *(OFFICIAL_MILESTONES if section.milestones else [])}
+    if every := section.every_words:
+        words |= set(range((before // every + 1) * every, now + 1, every))
+    return [milestone_name(count) for count in sorted(words) if before < count <= now]
+
+
+def milestone_name(words: int) -> str:
+    """1_000_000 -> chck_1M, 100_000 -> chck_100K, 1_500_000 -> chck_1500K: no dots, because evaluation cuts names there."""
+    for size, letter in ((MILLION, "M"), (1000, "K")):
+        if words % size == 0:
+            return f"chck_{words // size}{letter}"
+    return f"chck_{words}"
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller, device: torch.device) -> None:
+    """Train to the configured end (resuming where the folder says so), save the final model and close the run.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 came; the state is saved.
+        UserError: the loss or the weights became non-finite.
+    """
+    stop = StopRequest()
+    state = PartialState()
+    per_device, accumulation = accumulation_steps(config, state.num_processes)
+    steps = len(data.train) // config.training.batch_size
+    if state.is_main_process:
+        _print_plan(config, data, distiller, steps, per_device, accumulation, state.num_processes, device)
+    if config.training.gradient_checkpointing:
+        distiller.student.gradient_checkpointing_enable()
+        distiller.student.enable_input_require_grads()
+    if config.training.compile:
+        distiller.student.compile()
+        if distiller.teacher is not None:
+            distiller.teacher.compile()
+    distiller.to_device(device)
+    with status_of(folder):
+        trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop)
+        trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
+        if trainer.state.global_step < steps:
+            raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command continues there")
+        trainer.finish()
+
+
+def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int, per_device: int, accumulation: int,
+                processes: int, device: torch.device) -> None:
+    training, seq_len = config.training, config.data.seq_len
+    batch, tokens = training.batch_size, training.batch_size * seq_len
+    epochs = len(data.train) / data.train.blocks_per_epoch
+    words = data.train.words_through(len(data.train))
+    trained = sum(p.numel() for _, p in trainable_parameters(distiller))
+    student_flops = 3 * models.forward_flops_per_token(distiller.student, seq_len)
+    teacher_flops = models.forward_flops_per_token(distiller.teacher, seq_len) if distiller.teacher is not None else 0.0
+    share = f", teacher {teacher_flops / (teacher_flops + student_flops):.0%} of it" if teacher_flops else ""
+    total = (student_flops + teacher_flops) * tokens * steps
+    print(f"model      {models.count_parameters(distiller.student):,} parameters, {trained:,} trained; "
+          f"{(student_flops + teacher_flops) / 1e6:,.1f} MFLOP per token{share}; {total:.2g} FLOP in all")
+    print(f"data       {data.train.store.meta['words']:,} words = {len(data.train.store):,} tokens = "
+          f"{data.train.blocks_per_epoch:,} blocks of {seq_len}; validation on {len(data.val):,} blocks")
+    print(f"batch      {batch} sequences = {processes} process(es) x {per_device} x {accumulation} accumulation; {tokens:,} tokens a step")
+    print(f"budget     {steps:,} steps = {epochs:.2f} epochs = {words:,} words seen")
+    print(f"objective  {distiller.describe(seq_len)}")
+    print(f"device     {device}, {training.precision}{', compiled' if training.compile else ''}, {torch.get_num_threads()} CPU threads", flush=True)
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack equal-length blocks; nothing is padded or masked."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+@dataclass
+class Progress:
+    """What the next process needs beyond weights, optimizer and random state; saved as progress.json."""
+
+    seconds: float = 0.0  # of training before this process
+    best_ce: float | None = None
+    best_step: int | None = None
+    last_eval: dict[str, Any] | None = None
+    meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
+    micro_steps: int = 0
+
+
+class DistillTrainer(Trainer):
+    """A Trainer whose model is a Distiller, whose data order is the dataset's, and whose files are the run folder's."""
+
+    # compute_loss returns the mean of a micro-batch: the Trainer must divide by the accumulation steps. Left at its
+    # default, transformers 5 takes the loss as already divided, and the gradient grows with the accumulation.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller, steps: int, per_device: int,
+                 accumulation: int, stop: StopRequest):
+        self.config, self.folder, self.data, self.stop = config, folder, data, stop
+        self.stopped_by = ""
+        self.progress = Progress()
+        self._meter: dict[str, torch.Tensor] = {}
+        self._micro_steps = 0
+        self._began = self._window_began = time.monotonic()
+        self._window_step = 0
+        self._staging: str | None = None
+        super().__init__(model=distiller, args=self._arguments(steps, per_device, accumulation), train_dataset=data.train,
+                         data_collator=collate, callbacks=[RunCallback(self)])
+        self.remove_callback(PrinterCallback)
+        self._first_bad_step = torch.tensor(sys.maxsize, device=self.args.device)
+
+    def _arguments(self, steps: int, per_device: int, accumulation: int) -> TrainingArguments:
+        training, on_cpu = self.config.training, PartialState().device.type == "cpu"
+        arguments = TrainingArguments(
+            output_dir=str(self.folder.root), max_steps=steps, seed=self.config.seed,
+            per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+            learning_rate=training.lr, warmup_steps=training.warmup_steps, weight_decay=training.weight_decay,
+            lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
+            adam_beta1=training.beta1, adam_beta2=training.beta2, max_grad_norm=training.grad_clip,
+            optim="adamw_torch_fused", bf16=training.precision == "bf16", fp16=training.precision == "fp16", use_cpu=on_cpu,
+            # The run folder decides when to log, validate and save (RunCallback), so the Trainer's own strategies are off.
+            logging_strategy="no", eval_strategy="no", save_strategy="no", logging_nan_inf_filter=False,
+            report_to=self.config.logging.trackers or "none", run_name=self.config.name,
+            disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu, ddp_find_unused_parameters=False)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
+        return arguments
+
+    # -- data, loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        # The dataset is the whole run in order. Whatever the process count and accumulation, step s consumes items
+        # s*batch_size ... (s+1)*batch_size - 1; and with one single "epoch" there is none to forget to set on resume.
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> torch.Tensor:
+        terms = model(**inputs)
+        for name, value in terms.items():  # summed on the device; read only when a line is logged
+            self._meter[name] = self._meter.get(name, 0.0) + value.detach().double()
+        self._micro_steps += 1
+        bad = torch.where(terms["loss"].detach().isfinite(), sys.maxsize, self.state.global_step + 1)
+        self._first_bad_step = torch.minimum(self._first_bad_step, bad)
+        return terms["loss"]
+
+    def require_finite(self, *, weights: bool = False) -> None:
+        """Stop the run if a loss (or, on request, a weight) has become NaN or infinite, naming the step to go back to."""
+        step = int(self._first_bad_step)
+        if step == sys.maxsize and weights:
+            broken = [name for name, p in trainable_parameters(self.model) if not p.isfinite().all()]
+            step = self.state.global_step if broken else step
+        if step < sys.maxsize:
+            good = self.folder.resume_point()
+            raise UserError(f"the loss or the weights became NaN or infinite at step {step}; the last good checkpoint is "
+                            f"{good or 'none'}. A lower training.lr, a longer warmup_steps, grad_clip or precision: fp32 may help "
+                            "(another lr is another run: give it another name=)")
+
+    # -- validation
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Validate: mean CE (and KL) over all predicted tokens of the fixed blocks, in nats, overall and per domain.
+
+        Each process takes its share of the blocks and the sums are added, so the figures do not depend on their number.
+        """
+        distiller, blocks = self.model, self.data.val
+        was_training = distiller.training
+        distiller.eval()
+        domains, device = blocks.store.domains, self.args.device
+        batch = self.args.per_device_train_batch_size
+        totals: dict[str, torch.Tensor] = {}
+        counts = torch.zeros(len(domains), dtype=torch.float64, device=device)
+        for start in range(self.args.process_index * batch, len(blocks), self.args.world_size * batch):
+            items = collate([blocks[i] for i in range(start, min(start + batch, len(blocks)))])
+            domain = items["domains"][:, 1:].to(device)  # of the token that is predicted
+            with self.accelerator.autocast():
+                terms = distiller.token_terms(items["input_ids"].to(device), everything=True)
+            counts += torch.bincount(domain.flatten(), minlength=len(domains))
+            for name, values in terms.items():
+                sums = torch.zeros_like(counts).scatter_add_(0, domain.flatten(), values.double().flatten())
+                totals[name] = totals.get(name, 0.0) + sums
+        distiller.train(was_training)
+        # A process without blocks has no terms, but must join the sum: the names are the same everywhere.
+        names = ["ce", "kl"] if distiller.teacher is not None else ["ce"]
+        table = torch.stack([counts] + [totals.get(name, torch.zeros_like(counts)) for name in names])
+        table = self.accelerator.reduce(table, "sum").cpu()
+        present = [i for i in range(len(domains)) if table[0, i] > 0]
+        row = {name: float(table[1 + i].sum() / table[0].sum()) for i, name in enumerate(names)}
+        row["perplexity"] = math.exp(row["ce"]) if row["ce"] < 700 else math.inf
+        row["ce_by_domain"] = {domains[i]: float(table[1, i] / table[0, i]) for i in present}
+        return row
+
+    def _evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
+        began = time.monotonic()
+        row = self.evaluate()
+        self.control.should_evaluate = False  # done for this step: the end of an epoch asks once more
+        self._window_began += time.monotonic() - began  # validation is not part of the training speed
+        self.progress.last_eval = {"step": self.state.global_step, **row}
+        self.folder.append_metrics({"kind": "eval", **self._where(), **row})
+        self._say(f"  validation at step {self.state.global_step:,}: " + self._show(row))
+        if self.progress.best_ce is None or row["ce"] < self.progress.best_ce:
+            self.progress.best_ce, self.progress.best_step = row["ce"], self.state.global_step
+            if self.config.checkpoints.final == "best" and self.folder.main:
+                self.require_finite(weights=True)
+                with folder_written_whole(self.folder.run / "best") as best:
+                    self._export(best)
+        return row
+
+    # -- log line
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One tidy line per logging step, on the screen and in metrics.jsonl."""
+        if "grad_norm" not in logs:  # the Trainer's summary at the end of train()
+            return
+        self.control.should_log = False
+        self.require_finite()
+        names = list(self._meter)
+        sums = torch.stack([torch.as_tensor(self._meter[name], device=self.args.device) for name in names])
+        means = (self.accelerator.reduce(sums, "mean") / self._micro_steps).tolist()
+        self._meter, self._micro_steps = {}, 0
+        step, now = self.state.global_step, time.monotonic()
+        rate = (step - self._window_step) / max(now - self._window_began, 1e-9)
+        self._window_step, self._window_began = step, now
+        tokens = self.config.training.batch_size * self.config.data.seq_len
+        row = {"kind": "train", **self._where(), "total_steps": self.args.max_steps, **dict(zip(names, means, strict=True)),
+               "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_s": rate * tokens}
+        self.folder.append_metrics(row)
+        left = datetime.timedelta(seconds=round((self.args.max_steps - step) / rate))
+        self._say(f"step {step:>6,}/{self.args.max_steps:,} | words {row['words'] / 1000:,.1f}K | epoch {row['epoch']:.2f} | "
+                  f"{self._show(row)} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | {row['tokens_per_s'] / 1000:,.1f}K tok/s | {left} left")
+        if self.config.logging.trackers:
+            super().log({name: value for name, value in row.items() if name != "kind"})
+
+    def _where(self) -> dict[str, Any]:
+        step = self.state.global_step
+        items = step * self.config.training.batch_size
+        return {"step": step, "words": self.data.train.words_through(items), "epoch": items / self.data.train.blocks_per_epoch,
+                "seconds": round(self.seconds(), 2)}
+
+    def seconds(self) -> float:
+        """Seconds of this run so far, over all its processes one after the other."""
+        return self.progress.seconds + time.monotonic() - self._began
+
+    def _show(self, row: dict[str, Any]) -> str:
+        shown = [f"{name} {row[name]:.4f}" for name in ("ce", "kl") if name in row]
+        return " | ".join(shown + ([f"perplexity {row['perplexity']:.2f}"] if "perplexity" in row else []))
+
+    def _say(self, line: str) -> None:
+        if self.folder.main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    # -- files
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Resume state, written under a hidden name, sealed with the size of every file, then renamed."""
+        self.require_finite(weights=True)
+        began = time.monotonic()
+        name = f"checkpoint-{self.state.global_step}"
+        staging, target = self.folder.root / f".{name}.tmp", self.folder.root / name
+        try:
+            self._staging = str(staging)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.folder.main:
+                meter = {term: float(value) for term, value in self._meter.items()}
+                progress = {**self.progress.__dict__, "seconds": self.seconds(), "meter": meter, "micro_steps": self._micro_steps}
+                write_json(staging / name / "progress.json", progress)
+                seal(staging / name)
+                if target.exists():  # a damaged one of an earlier attempt
+                    target.rename(staging / "damaged")
+                os.rename(staging / name, target)
+                self.folder.rotate()
+        except OSError as error:
+            raise UserError(f"could not save {target}: {error.strerror or error}. Free some space and run the same command again: "
+                            f"it continues from {self.folder.resume_point() or 'the start'}") from error
+        finally:
+            self._staging = None
+            if self.folder.main:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._window_began += time.monotonic() - began
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Everything that is trained, by the names of the Distiller; frozen weights can be read again from their source.
+        os.makedirs(output_dir, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in trainable_parameters(self.model)}, f"{output_dir}/trained.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        saved = load_file(f"{resume_from_checkpoint}/trained.safetensors")
+        mine = dict(trainable_parameters(self.model))
+        if saved.keys() != mine.keys():
+            raise UserError(f"{resume_from_checkpoint} holds other parameters than this run trains: "
+                            f"{', '.join(sorted(saved.keys() ^ mine.keys())[:5])}")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(saved[name])
+        self.progress = Progress(**json.loads(Path(resume_from_checkpoint, "progress.json").read_text(encoding="utf-8")))
+        self._meter = {name: torch.tensor(value, dtype=torch.float64, device=self.args.device) for name, value in self.progress.meter.items()}
+        self._micro_steps = self.progress.micro_steps
+        self._window_step = int(re.search(r"checkpoint-(\d+)", resume_from_checkpoint)[1])
+        self._say(f"resuming from {resume_from_checkpoint}")
+
+    def _export(self, target: Path) -> Any:
+        """Write the student alone, as a model that loads anywhere; returns the plain model that was written."""
+        student = self.model.student
+        if getattr(self.config, "lora", None) and self.config.lora.mode != "none" and self.config.lora.merge_adapter:
+            student = models.merge_adapters(student)
+        models.save_model(student, self.data.tokenizer, target)
+        return student
+
+    def save_milestones(self) -> None:
+        """Save every milestone that this step's words have reached and that was not reached a step earlier."""
+        step, batch = self.state.global_step, self.config.training.batch_size
+        now, before = (self.data.train.words_through(s * batch) for s in (step, step - 1))
+        reached = milestones_between(self.config, before, now)
+        if not reached:
+            return
+        self.require_finite(weights=True)
+        for name in reached:
+            if self.folder.main:
+                with folder_written_whole(self.folder.root / name) as target:
+                    self._export(target)
+            self.folder.append_metrics({"kind": "milestone", **self._where(), "name": name})
+            self._say(f"  milestone {name} at step {step:,} ({now:,} words)")
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """The configured end is reached: the final model goes to the root, then finished.json says so."""
+        self.require_finite(weights=True)
+        if self.folder.main:
+            use_best = self.config.checkpoints.final == "best"
+            best = self.folder.run / "best"
+            step = self.progress.best_step if use_best else self.state.global_step
+            result = self._result(step)
+
+            def write(target: Path) -> None:
+                if use_best:
+                    for file in best.iterdir():
+                        if file.name != "complete.json":
+                            os.link(file, target / file.name)
+                else:
+                    self._check_saved(self._export(target), target)
+                (target / "README.md").write_text(hub.model_card(self.config, self.folder, result), encoding="utf-8")
+
+            self.folder.install_final(write)
+            self.folder.finish(result)
+            self._say(f"finished {self.folder.root}: step {step:,} | {result['words_seen']:,} words | "
+                      f"validation {self._show(result)} | {result['seconds']:.0f} s")
+        self.accelerator.wait_for_everyone()
+
+    def _check_saved(self, model: Any, target: Path) -> None:
+        """The model on disk must compute what was trained: also where adapters were merged or embeddings untied."""
+        if not (target / "config.json").is_file():  # an unmerged adapter: nothing was changed on the way
+            return
+        sample = self.data.val[0]["input_ids"][None, :64]
+        models.require_saved_equals(model, target, sample)
+        if model is not self.model.student:
+            difference = models.largest_logit_difference(self.model.student, model, sample)
+            self._say(f"merged the adapters: logits differ by {difference:.1e} of the largest from base + adapters")
+            if not difference < (1e-4 if self.config.training.precision == "fp32" else 5e-2):
+                raise RuntimeError(f"merging changed the logits by {difference:.2g} of the largest: {self.folder.root} was not finished")
+
+    def _result(self, step: int) -> dict[str, Any]:
+        rows = [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+        validation = next(row for row in reversed(rows) if row["kind"] == "eval" and row["step"] == step)
+        seen = self.data.train.words_through(self.state.global_step * self.config.training.batch_size)
+        at_step = self.data.train.words_through(step * self.config.training.batch_size)
+        teacher = getattr(getattr(self.config, "distillation", None), "teacher", None)
+        manifest = TextPart(self.config.data.corpus, "train").manifest
+        ledger = {"corpus_words": self.data.train.store.meta["words"], "words_seen": seen,
+                  "tokenizer_words": manifest["tokenizer"]["trained_on_words"], "generated_words": 0,
+                  "teacher": {"path": teacher, "ledger": (read_finished(Path(teacher)) or {}).get("ledger")} if teacher else None}
+        kept = ("ce", "kl", "perplexity", "ce_by_domain")
+        return {"steps": self.state.global_step, "weights_from_step": step, "words_seen": at_step,
+                "seconds": round(self.seconds(), 1), "parameters": models.count_parameters(self.model.student),
+                **{name: validation[name] for name in kept if name in validation}, "ledger": ledger}
+
+
+class RunCallback(TrainerCallback):
+    """Decides, at the end of every step, whether to log, validate, save, or stop."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._began = self.trainer._window_began = time.monotonic()
+        if self.trainer.stop:  # the signal came while models were loaded
+            raise Preempted(f"{self.trainer.stop.signal_name} before the first step; nothing was lost")
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        trainer, config, step = self.trainer, self.trainer.config, state.global_step
+        last = step == args.max_steps
+        if args.device.type == "cpu":  # reading the flag costs nothing here; on a GPU it waits for the next log line
+            trainer.require_finite()
+        trainer.save_milestones()
+        control.should_log = step % config.logging.logging_steps == 0 or last or step == 1
+        control.should_evaluate = step % config.logging.eval_steps == 0 or last
+        control.should_save = step % config.checkpoints.save_steps == 0 and not last
+        if not last and self._stop_requested():
+            trainer.stopped_by = trainer.stop.signal_name or "a signal to another process"
+            control.should_save = control.should_training_stop = True
+
+    def _stop_requested(self) -> bool:
+        """Whether any process was asked to stop: all must leave at the same step."""
+        asked = bool(self.trainer.stop)
+        if self.trainer.args.world_size == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=self.trainer.args.device)
+        return bool(self.trainer.accelerator.reduce(flag, "sum") > 0)

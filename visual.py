@@ -1,0 +1,130 @@
+"""Stage 7: draw what the runs logged, and compare their scores.
+
+Reads   models/<name>/run/metrics.jsonl, finished.json and, where a model has been scored, scores.json
+Writes  figures/<metric>.png and .svg (column width), overview.png and .svg (page width), and for scored models
+        pairs.png/.svg (minimal pairs) and domains.png/.svg (perplexity per domain)
+Run     python visual.py models/GPT2-Small-BabyLM-CE models/GPT2-Small-Distilled --x words --table
+Expect  a few seconds and under 200 MB, without a GPU; a run that is still training can be drawn as often as you like
+
+Thin light lines are training batches, lines with markers are validation, triangles are milestone checkpoints.  A value
+that is not finite leaves a gap, and is reported; a run without finished.json is marked as unfinished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from babylm.figures import curve_figure, domains_plot, load_metrics, number, pairs_plot, points, save, scored, si
+
+DEFAULT = "ce,kl,perplexity,lr"
+SHORT = {"bnc_spoken": "bnc", "childes": "child", "gutenberg": "gutb", "open_subtitles": "subt", "simple_wiki": "wiki",
+         "switchboard": "swbd"}
+
+
+# ---------------------------------------------------------------- words about runs
+
+def final_numbers(run) -> str:
+    """One line per run: how far it came, and the last value of what it measured."""
+    rows, parts = run.train + run.evals, []
+    for key, name in (("step", "steps"), ("words", "words")):
+        reached = [value for row in rows if not math.isnan(value := number(row.get(key)))]
+        parts += [f"{si(max(reached)) if key == 'words' else f'{max(reached):.0f}'} {name}"] if reached else []
+    for name, kind, metric in (("train CE", "train", "ce"), ("val CE", "validation", "ce"),
+                               ("val KL", "validation", "kl"), ("val perplexity", "validation", "perplexity")):
+        if kind in (found := points(run, metric)):
+            value = found[kind][1][-1]
+            parts.append(f"{name} {value:.4g}" if math.isfinite(value) else f"{name} not finite")
+    return f"{run.label}: " + (", ".join(parts) or "scores only")
+
+
+def mean_accuracy(run, long_distance=False) -> float:
+    rows = [row for row in scored(run, "pairs").values() if row.get("long_distance") or not long_distance]
+    values = [value for row in rows if not math.isnan(value := number(row.get("accuracy")))]
+    return sum(values) / len(values) if values else number(None if long_distance else run.scores.get("pairs_mean"))
+
+
+def table(runs, limit=120) -> str:
+    """Scores as aligned text: one row per scored run, perplexity per domain under shortened headers."""
+    runs = [run for run in runs if run.scores is not None]
+    domains = sorted({name for run in runs for name in scored(run, "by_domain")})
+    short = {name: SHORT.get(name, name[:5]) for name in domains}
+    lines = [["model", "params", "words", "val CE", "ppl", *short.values(), "pairs", "long", "secs"]]
+    for run in runs:
+        ppl = [number(run.scores.get("perplexity"))]
+        ppl += [number(scored(run, "by_domain").get(name, {}).get("perplexity")) for name in domains]
+        cells = [si(number(run.scores.get("parameters"))), si(number(run.scores.get("words_seen"))),
+                 f"{number(run.scores.get('ce')):.3f}", *(f"{v:.1f}" if v < 1000 else si(v) for v in ppl),
+                 f"{mean_accuracy(run):.3f}", f"{mean_accuracy(run, long_distance=True):.3f}",
+                 f"{number(run.scores.get('seconds')):.0f}"]
+        lines.append([run.name, *("-" if cell == "nan" else cell for cell in cells)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    room = max(12, limit - sum(widths[1:]) - 2 * len(widths[1:]))
+    if widths[0] > room:                        # cut names in the middle: what tells runs apart is often the end
+        for line in lines:
+            if len(line[0]) > room:
+                line[0] = line[0][:room - room // 2 - 1] + "…" + line[0][-(room // 2):]
+        widths[0] = room
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    text.insert(1, "-" * len(text[0]))
+    if domains:
+        text.append("ppl by domain: " + ", ".join(f"{mark} {name}" for name, mark in short.items() if mark != name))
+    return "\n".join(text)
+
+
+def main(argv=None) -> int:
+    # ------------------------------------------------------------ 1. read the command
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="For example: visual.py models/*")
+    parser.add_argument("folders", nargs="+", metavar="models/NAME", help="run folders, drawn in this order")
+    parser.add_argument("--x", choices=("steps", "words", "time"), default="words", help="default: words")
+    parser.add_argument("--metrics", default=DEFAULT, help=f"comma-separated, any logged name (default: {DEFAULT})")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of the last N training points")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder; default: figures")
+    parser.add_argument("--width", type=float, choices=(3.3, 6.8), default=3.3, help="inches: one column or the page")
+    parser.add_argument("--log_y", action="store_true", help="logarithmic vertical axes (perplexity always has one)")
+    parser.add_argument("--table", action="store_true", help="print the scores as a table, too")
+    args = parser.parse_args(argv)
+    if args.smooth < 1:
+        parser.error("--smooth needs a number of points, 1 or more")
+    metrics = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
+
+    # ------------------------------------------------------------ 2. read the runs
+    runs = [load_metrics(folder) for folder in dict.fromkeys(folder.rstrip("/") for folder in args.folders)]
+    names = [run.folder.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.folder.parent.name}/{run.folder.name}"
+        for problem in run.problems:
+            print(f"warning: {run.name}: {problem}", file=sys.stderr)
+    kept = [run for run in runs if run.train or run.evals or run.scores is not None]
+
+    # ------------------------------------------------------------ 3. draw
+    figures = {name: curve_figure(kept, [name], args.x, args.width, args.smooth, args.log_y) for name in metrics}
+    figures["overview"] = curve_figure(kept, DEFAULT.split(","), args.x, 6.8, args.smooth, args.log_y)
+    if any(scored(run, "pairs") for run in kept):
+        figures |= {"pairs": pairs_plot(kept, args.width), "domains": domains_plot(kept, args.width)}
+    for name, figure in figures.items():
+        if figure is not None:
+            print("wrote", *save(figure, args.output / name.replace("/", "-")))
+        elif kept and name in metrics:
+            print(f"note: no run has a finite value of {name}: not drawn")
+
+    # ------------------------------------------------------------ 4. say what was drawn
+    for run in kept:
+        print(final_numbers(run))
+    if args.table:
+        scores = any(run.scores is not None for run in kept)
+        print("\n" + table(kept) if scores else "no run has run/scores.json: no table")
+    if not any(figures.values()):
+        print("nothing to draw:", *(f"  {run.folder}: {'; '.join(run.problems) or 'no finite values'}" for run in runs),
+              "A training stage writes run/metrics.jsonl: `python train_teacher.py`, `python train_baseline.py` or "
+              "`python train_student.py`,\neach with --config configs/<run>.yaml; scoring writes run/scores.json.",
+              sep="\n", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
