@@ -26,11 +26,11 @@ SMALL = {"fontsize": 6, "color": GREY, "textcoords": "offset points"}
 FLAG = {"linestyle": "", "marker": "v", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.7}
 LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate"}
 X_AXES = {"steps": ("step", "optimizer steps"), "words": ("words", "words seen"), "time": ("seconds", "seconds")}
-RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"},
+RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}, "grid.linewidth": 0.5,
       "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5,
       "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
       "xtick.major.size": 2.5, "ytick.major.size": 2.5, "axes.grid": True, "grid.color": "#E4E4E4",
-      "grid.linewidth": 0.5, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "babylm", "savefig.dpi": 200}
+      "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "babylm", "savefig.dpi": 200}
 style = partial(matplotlib.rc_context, RC)    # `with style():` or `@style()`: the look, whatever matplotlibrc says
 
 @dataclass(eq=False)
@@ -171,7 +171,7 @@ def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> se
                 spots[index, name] = (where, float(np.interp(where, place, y)))
     ax.margins(y=0.09)
     ax.set(xlabel=x_label, ylabel=LABELS.get(metric, metric), xlim=(-0.02 * end, 1.04 * end), yscale=SCALES[log_y])
-    train, validation = ([v for found in drawn if kind in found for v in found[kind][1] if v == v] for kind in KINDS)
+    train, validation = ([v for found in drawn if kind in found for v in found[kind][1] if v < 1e300] for kind in KINDS)
     low, high = min(train + validation, default=1), max(train + validation, default=1)
     _ticks(ax.xaxis, 0, end)
     _ticks(ax.yaxis, low, high, log_y)

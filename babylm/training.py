@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from babylm import hub, models
+from babylm import hub, models, scoring
 from babylm.config import RunConfig, UserError
 from babylm.distillation import Distiller, trainable_parameters
 from babylm.run_folder import (
@@ -302,32 +302,19 @@ class DistillTrainer(Trainer):
 
         Each process takes its share of the blocks and the sums are added, so the figures do not depend on their number.
         """
-        distiller, blocks = self.model, self.data.val
+        distiller, blocks, batch = self.model, self.data.val, self.args.per_device_train_batch_size
         was_training = distiller.training
         distiller.eval()
-        domains, device = blocks.store.domains, self.args.device
-        batch = self.args.per_device_train_batch_size
-        totals: dict[str, torch.Tensor] = {}
-        counts = torch.zeros(len(domains), dtype=torch.float64, device=device)
-        for start in range(self.args.process_index * batch, len(blocks), self.args.world_size * batch):
-            items = collate([blocks[i] for i in range(start, min(start + batch, len(blocks)))])
-            domain = items["domains"][:, 1:].to(device)  # of the token that is predicted
-            with self.accelerator.autocast():
-                terms = distiller.token_terms(items["input_ids"].to(device), everything=True)
-            counts += torch.bincount(domain.flatten(), minlength=len(domains))
-            for name, values in terms.items():
-                sums = torch.zeros_like(counts).scatter_add_(0, domain.flatten(), values.double().flatten())
-                totals[name] = totals.get(name, 0.0) + sums
+        first, stride = self.args.process_index * batch, self.args.world_size * batch
+        mine = [range(start, min(start + batch, len(blocks))) for start in range(first, len(blocks), stride)]
+        with self.accelerator.autocast():
+            counts, sums = scoring.domain_sums(lambda ids: distiller.token_terms(ids, everything=True), blocks, mine, self.args.device)
         distiller.train(was_training)
         # A process without blocks has no terms, but must join the sum: the names are the same everywhere.
         names = ["ce", "kl"] if distiller.teacher is not None else ["ce"]
-        table = torch.stack([counts] + [totals.get(name, torch.zeros_like(counts)) for name in names])
-        table = self.accelerator.reduce(table, "sum").cpu()
-        present = [i for i in range(len(domains)) if table[0, i] > 0]
-        row = {name: float(table[1 + i].sum() / table[0].sum()) for i, name in enumerate(names)}
-        row["perplexity"] = math.exp(row["ce"]) if row["ce"] < 700 else math.inf
-        row["ce_by_domain"] = {domains[i]: float(table[1, i] / table[0, i]) for i in present}
-        return row
+        table = torch.stack([counts] + [sums.get(name, torch.zeros_like(counts)) for name in names])
+        counts, *columns = self.accelerator.reduce(table, "sum").cpu()
+        return scoring.means(counts, dict(zip(names, columns, strict=True)), blocks.store.domains)
 
     def _evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
         began = time.monotonic()

@@ -4,9 +4,11 @@ import json
 import math
 import re
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from babylm.demo_corpus import (
     BEINGS,
     COMBINED,
@@ -18,8 +20,7 @@ from babylm.demo_corpus import (
     UIDS,
     Writer,
     reserved,
-    with_ed,
-    with_s,
+    with_ending,
     write_corpus,
     write_minimal_pairs,
 )
@@ -53,7 +54,7 @@ def sentences(texts):
     """Every training sentence as a list of lower-cased words (names keep their capital)."""
     found = []
     for text in texts.values():
-        text = re.sub(r"^(\*?[A-Z]+:\t)", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^\*[A-Z]+:\t|^[AB]:\t[A-Za-z ]+,", "", text, flags=re.MULTILINE)
         for sentence in re.split(r"[.?\n]", text):
             if words := words_of(sentence):
                 found.append(words)
@@ -121,34 +122,23 @@ def test_documents_keep_talking_about_the_same_words(texts):
     halves = [document.split("\n", 2) for document in documents]
     sets = [[nouns & set(words_of(half)) for half in parts[:2]] for parts in halves]
     inside = np.mean([len(a & b) for a, b in sets])
-    across = np.mean([len(a & c) for (a, _), (_, c) in zip(sets, sets[1:], strict=False)])
+    across = np.mean([len(a & c) for (a, _), (_, c) in pairwise(sets)])
     assert inside > 1.3 * across
 
 
-def test_vocabulary_is_rich_and_its_tail_zipfian(sentences):
-    counts = Counter(word for sentence in sentences for word in sentence)
-    frequencies = np.array(sorted(counts.values(), reverse=True))
-    assert len(frequencies) > 1_000
-    assert (frequencies < WORDS / 20_000).sum() > 100
-    ranks = np.arange(1, len(frequencies) + 1)
-    slope = np.polyfit(np.log(ranks), np.log(frequencies), 1)[0]
-    assert -1.8 < slope < -0.7
+def test_vocabulary_has_a_zipfian_tail(sentences):
+    counts = sorted(Counter(w for words in sentences for w in words).values(), reverse=True)
+    assert len(counts) > 1_500
+    assert sum(count <= 5 for count in counts) > 500
+    assert sum(count == 1 for count in counts) > 100
+    assert sum(counts[:100]) > 0.5 * sum(counts)
 
 
 def test_english_morphology():
-    assert [with_s(w) for w in ("box", "church", "baby", "boy", "dog")] == [
-        "boxes",
-        "churches",
-        "babies",
-        "boys",
-        "dogs",
-    ]
-    assert [with_ed(w) for w in ("bake", "cry", "pray", "wait")] == [
-        "baked",
-        "cried",
-        "prayed",
-        "waited",
-    ]
+    plurals = {"box": "boxes", "church": "churches", "baby": "babies", "boy": "boys", "dog": "dogs"}
+    pasts = {"bake": "baked", "cry": "cried", "pray": "prayed", "wait": "waited"}
+    assert {word: with_ending(word, "s") for word in plurals} == plurals
+    assert {word: with_ending(word, "ed") for word in pasts} == pasts
 
 
 NUMBER = {
@@ -162,7 +152,7 @@ def test_training_sentences_are_grammatical(sentences):
     singular, plural = NUMBER["singular"], NUMBER["plural"]
     agreeing = 0
     for words in sentences:
-        for one, two in zip(words, words[1:], strict=False):
+        for one, two in pairwise(words):
             assert not (one in ("this", "every", "one", "a") and two in plural), words
             assert not (one in ("these", "those", "several", "two") and two in singular), words
             assert not (one == "a" and two[0] in "aeiou"), words
@@ -171,7 +161,7 @@ def test_training_sentences_are_grammatical(sentences):
             assert (words[2] == "is") == (words[1] in singular), words
         assert "ever" not in words or words[0] == "no", words
         assert "either" not in words[1:] or "not" in words, words
-        assert "nor" not in words or words[0] == "neither" or words[1] == "neither", words
+        assert "nor" not in words or words[0] == "neither", words
         if words[0] == "the" and words[1] in singular and "themselves" in words:
             raise AssertionError(words)
     assert agreeing > 300
@@ -270,16 +260,18 @@ def test_no_pair_is_a_training_sentence(pairs, sentences):
 def test_words_of_the_pairs_are_frequent_in_the_text_in_both_numbers(pairs, sentences):
     counts = Counter(word for sentence in sentences for word in sentence)
     used = {w for rows in pairs.values() for row in rows for w in words_of(row["sentence_good"])}
-    rare = {word: counts[word] for word in used if counts[word] < 50}
+    rare = {word: counts[word] for word in used if counts[word] < 30}
     assert not rare
     for deck, _ in COMBINED[:2]:
         for word in deck.words:
-            assert min(counts[form] for form in word.forms) >= 50, word
+            assert min(counts[form] for form in word.forms) >= 30, word
 
 
 def test_every_word_still_has_most_of_its_combinations():
     """The hold-out is a small share, so no word is known from the pairs alone."""
-    partners = len({f for _, classes in COMBINED for d in classes for w in d.words for f in w.forms})
+    partners = len(
+        {f for _, classes in COMBINED for d in classes for w in d.words for f in w.forms}
+    )
     assert max(len(forms) for forms in RESERVED_FORMS.values()) < partners / 3
 
 
