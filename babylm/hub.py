@@ -22,24 +22,23 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
     Raises:
         UserError: no network, no such repository, access refused, or the repository holds no .train files.
     """
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError: the base of all errors of its client
 
     repository = section.strict_small if which == "strict-small" else section.strict
     where = f"{repository} (revision {section.revision})"
     print(f"downloading {where} into {folder}", flush=True)
     try:
         snapshot_download(repository, repo_type="dataset", revision=section.revision, local_dir=folder,
-                          allow_patterns=["*.train", "**/*.train"])
+                          allow_patterns=["*.train", "*.train.txt"])
     except RepositoryNotFoundError as error:
         raise UserError(f"the hub has no dataset {where}, or it needs a login (hf auth login): check download.* in the config") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # OSError: also what the client raises when it is offline and has no copy
         raise UserError(f"could not download {where}: no network, or the hub did not answer ({type(error).__name__}). What has "
                         "arrived is kept: run the same command again, or put the .train files into the input folder yourself") from error
-    for file in sorted(folder.glob("*/**/*.train")):  # repositories that keep them in a sub-folder
-        if ".cache" not in file.parts:
-            os.replace(file, folder / file.name)
+    for file in sorted(folder.rglob("*.train*")):  # some repositories keep them in a sub-folder, or add .txt
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            os.replace(file, folder / f"{file.name.removesuffix('.txt')}")
     if not list(folder.glob("*.train")):
         raise UserError(f"the hub dataset {where} holds no .train files: check download.* in the config")
 

@@ -24,7 +24,7 @@ from babylm.demo_corpus import (
     write_corpus,
     write_minimal_pairs,
 )
-from babylm.ngram_part import NgramModel
+from babylm.scoring import NgramModel
 
 WORDS, PAIRS = 400_000, 200
 

@@ -1,0 +1,95 @@
+"""What several test files need: one small finished corpus, a way to run a stage, and the optional folder of real data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
+
+import pytest
+import torch
+import yaml
+
+import combine_babylm
+from babylm import models
+from babylm.demo_corpus import write_corpus
+
+ROOT = Path(combine_babylm.__file__).parent
+torch.set_num_threads(1)
+
+
+def write_yaml_file(path, values):
+    """Write `values` as YAML, making the folders on the way; return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def run_stage_1(config, *overrides):
+    """Run stage 1 in this process, as `python combine_babylm.py --config <config> <overrides>` would; errors are raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["combine_babylm.py", "--config", str(config), *map(str, overrides)])
+        combine_babylm.main()
+
+
+@pytest.fixture(scope="session")
+def write_yaml():
+    """write_yaml(path, values) -> path."""
+    return write_yaml_file
+
+
+@pytest.fixture(scope="session")
+def stage1():
+    """stage1(config, "key=value", ...) runs stage 1 in this process."""
+    return run_stage_1
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("train_baseline.py", "--config", ..., check=True, env={}, cwd=...) runs a stage as a process of its own."""
+
+    def run(script, *args, check=True, env=None, cwd=None):
+        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                              env={**os.environ, **(env or {})}, cwd=cwd or ROOT, stdin=subprocess.DEVNULL, timeout=300)
+        if check and done.returncode:
+            pytest.fail(f"{script} ended with code {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    """Folder of the six raw `<domain>.train` files of a demo corpus of about 20,000 words. Read only."""
+    folder = tmp_path_factory.mktemp("demo") / "raw"
+    write_corpus(folder, words=20_000, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(raw):
+    """The corpus folder that stage 1 made of `raw`: both parts, tokenizer/ of 512 entries, tokens/. Read only."""
+    folder = raw.parent / "corpus"
+    run_stage_1(write_yaml_file(raw.parent / "corpus.yaml", {
+        "seed": 1,
+        "corpus": {"input": str(raw), "output": str(folder), "validation_fraction": 0.1},
+        "tokenizer": {"vocab_size": 512},
+    }))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    """The tokenizer of `corpus`, loaded."""
+    return models.load_tokenizer(corpus / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """A folder of real data that is not part of the repository; tests that need it are skipped without it."""
+    path = os.environ.get("BABYLM_SHARED")
+    if not path or not Path(path).is_dir():
+        pytest.skip("BABYLM_SHARED names no folder")
+    return Path(path)
