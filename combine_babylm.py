@@ -11,8 +11,6 @@ Expect   10M words in about a minute on two cores; memory does not grow with the
 import hashlib
 import json
 import os
-import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 from babylm import cleaning, demo_corpus, hub, models
 from babylm.config import CorpusConfig, CorpusSection, UserError, content_hash, identity, load
 from babylm.run_folder import run_stage, write_json
-from custom_dataset import DOCUMENT, TextPart, file_sha256, open_store, tokenizer_fingerprint
+from custom_dataset import DOCUMENT, file_sha256, open_store, tokenizer_fingerprint
 
 RAW = np.dtype([("start", "<i8"), ("stop", "<i8"), ("words", "<i8"), ("hash", "<u8"), ("part", "i1")])  # part: 0 train, 1 val, -1 unused
 PARTS = ("train", "val")

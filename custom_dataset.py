@@ -222,7 +222,7 @@ def _build(folder: Path, text: TextPart, tokenizer: Any, fingerprint: str) -> No
             write(np.array([end_id]), no_mark)
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
-                share = (index + 1) / len(documents)
+                share = text.documents["stop"][index] / text.documents["stop"][-1]
                 left = (shown - began) * (1 - share) / share
                 print(f"  tokenising {text.path}: {share:.0%}, {words:,} words, {left:.0f} s left", flush=True)
     if start_id is None:

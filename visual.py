@@ -60,7 +60,7 @@ def table(runs, limit=120) -> str:
                  f"{mean_accuracy(run):.3f}", f"{mean_accuracy(run, long_distance=True):.3f}",
                  f"{number(run.scores.get('seconds')):.0f}"]
         lines.append([run.name, *("-" if cell == "nan" else cell for cell in cells)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     room = max(12, limit - sum(widths[1:]) - 2 * len(widths[1:]))
     if widths[0] > room:                        # cut names in the middle: what tells runs apart is often the end
         for line in lines:

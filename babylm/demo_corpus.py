@@ -59,7 +59,7 @@ class Word(NamedTuple):
 class Deck:
     """Things of one class to draw from: by the weights given, or Zipfian, 1 / (rank + shift)."""
 
-    def __init__(self, words: Iterable, shift: float = 20.0, weights=None):
+    def __init__(self, words: Iterable, shift: float = 8.0, weights=None):
         self.words = list(words)
         ranks = range(1, len(self.words) + 1)
         self.sums = list(accumulate(weights or (1 / (rank + shift) for rank in ranks)))
@@ -81,7 +81,7 @@ def with_ending(word: str, ending: str) -> str:
     return word + ("d" if word[-1] == "e" else "ed")
 
 
-def nouns(text: str, shift: float = 20.0) -> Deck:
+def nouns(text: str, shift: float = 8.0) -> Deck:
     """`dog mouse/mice`: regular plurals are made, irregular ones are written out."""
     entries = ((entry.split("/") + [None])[:2] for entry in text.split())
     return Deck((Word(sg, (sg, pl or with_ending(sg, "s"))) for sg, pl in entries), shift)
@@ -97,57 +97,37 @@ def verbs(text: str) -> Deck:
     return Deck(verb(*entry.split("/")) for entry in text.split())
 
 
-def plain(text: str, shift: float = 20.0) -> Deck:
+def plain(text: str, shift: float = 8.0) -> Deck:
     """Words that do not inflect: adjectives and names."""
     return Deck((Word(word, (word,)) for word in text.split()), shift)
 
 
-MALE = nouns(
-    "man/men boy king father uncle brother prince gentleman/gentlemen son husband grandfather "
-    "policeman/policemen nephew waiter"
-)
-FEMALE = nouns(
-    "woman/women girl queen mother aunt sister princess lady daughter wife/wives grandmother "
-    "policewoman/policewomen niece waitress"
-)
+MALE = nouns("man/men boy king father uncle brother prince son gentleman/gentlemen husband policeman/policemen waiter")
+FEMALE = nouns("woman/women girl queen mother aunt sister princess daughter wife/wives lady policewoman/policewomen waitress")
 NEITHER = nouns(
-    "child/children dog teacher doctor cat friend farmer horse mouse/mice student soldier "
-    "wolf/wolves sailor rabbit neighbor goose/geese painter baker thief/thieves singer ox/oxen "
-    "pilot guest writer calf/calves dancer"
+    "child/children dog teacher doctor cat friend farmer horse mouse/mice student soldier wolf/wolves sailor rabbit "
+    "goose/geese baker thief/thieves singer ox/oxen guest calf/calves"
 )
 BEINGS = NEITHER + (MALE + FEMALE)
 THINGS = nouns(
-    "book box lamp knife/knives letter cup leaf/leaves chair key basket loaf/loaves bottle clock "
-    "coat ball shelf/shelves picture plate ring drum shirt tooth/teeth candle mirror hammer rope"
+    "book box lamp knife/knives letter cup leaf/leaves chair key basket loaf/loaves bottle clock coat ball shelf/shelves picture "
+    "ring shirt tooth/teeth candle hammer"
 )
-PLACES = nouns(
-    "house door tree table river garden window bridge road school field hill church gate wall "
-    "tower market lake barn shop boat castle kitchen forest"
-)
-HIS = plain(
-    "John Tom Peter Jack William Henry Sam George Ben Paul David Frank Robert Adam Simon Oscar"
-)
-HERS = plain(
-    "Mary Anna Lucy Jane Alice Emma Sarah Rose Kate Helen Clara Grace Julia Nora Eva Susan"
-)
+PLACES = nouns("house door tree table river garden window bridge road school field hill church gate wall tower market lake shop castle")
+HIS = plain("John Tom Peter Jack William Henry Sam George Ben Paul David Frank Simon")
+HERS = plain("Mary Anna Lucy Jane Alice Emma Sarah Rose Kate Helen Clara Grace Julia")
 
 ACTING = verbs(
-    "sleep/slept laugh sing/sang/sung wait smile cry dance work listen shout whisper pray travel "
-    "complain sneeze cough yawn wander kneel/knelt swim/swam/swum"
+    "sleep/slept laugh sing/sang/sung wait smile cry dance work listen shout whisper pray travel complain wander kneel/knelt swim/swam/swum"
 )
 HANDLING = verbs(
-    "find/found take/took/taken carry see/saw/seen bring/brought buy/bought break/broke/broken "
-    "make/made wear/wore/worn hold/held keep/kept throw/threw/thrown steal/stole/stolen repair "
-    "choose/chose/chosen shake/shook/shaken tear/tore/torn fetch destroy borrow bite/bit/bitten"
+    "find/found take/took/taken carry see/saw/seen bring/brought buy/bought break/broke/broken make/made wear/wore/worn hold/held "
+    "keep/kept throw/threw/thrown steal/stole/stolen repair choose/chose/chosen shake/shook/shaken tear/tore/torn fetch destroy borrow "
+    "bite/bit/bitten"
 )
-TREATING = verbs(
-    "wash blame praise hurt/hurt admire dress trust teach/taught describe defend amuse comfort "
-    "scratch hate"
-)
+TREATING = verbs("wash blame praise hurt/hurt admire dress trust teach/taught describe defend amuse comfort scratch hate")
 DECAYING = verbs("crack rust fade melt leak crumble shatter rattle decay")
-FEELING = plain(
-    "hungry tired happy angry ready afraid proud ill alone clever brave lonely calm polite busy"
-)
+FEELING = plain("hungry tired happy angry ready afraid proud ill alone clever brave lonely calm polite busy")
 LASTING = plain("broken heavy clean dirty cheap empty useless wet dry missing valuable rare")
 ANY_LOOK = plain("old little big small strange beautiful ugly tall great new")
 THING_LOOK = plain("wooden red white green black blue yellow dusty golden grey round narrow")
@@ -155,8 +135,7 @@ KNOWING = plain("knew remembered heard noticed learned understood discovered for
 
 BEINGS_DO, THINGS_DO = ACTING + FEELING, DECAYING + LASTING
 IRREGULAR_BEINGS, IRREGULAR_THINGS = (
-    Deck(noun for noun in deck.words if noun.pl != with_ending(noun.sg, "s"))
-    for deck in (BEINGS, THINGS)
+    Deck(noun for noun in deck.words if noun.pl != with_ending(noun.sg, "s")) for deck in (BEINGS, THINGS)
 )
 IRREGULAR_HANDLING = Deck(verb for verb in HANDLING.words if verb.past != verb.participle)
 
@@ -170,24 +149,23 @@ FILLERS = ("Yeah", "Well", "You know", "I mean", "Right", "Oh", "So", "Um", "Uh"
 
 # The tail: what one domain alone talks about, in order of frequency. Never in a pair.
 TAILS = {
-    "bnc_spoken": "meeting council pound budget committee motorway pub pension allotment kettle "
-    "lorry chemist queue carpet boiler parish survey invoice tenant chairman/chairmen solicitor "
-    "garage fence radiator plumber bungalow cheque tribunal warden roundabout marrow caravan",
-    "childes": "doggie bunny truck puzzle cookie crayon teddy blanket spoon train balloon duck "
-    "puppet banana bib sticker tricycle bubble kitty mitten sandbox raisin diaper giraffe block "
-    "tractor pudding noodle whistle button pillow zebra monkey cracker popsicle",
-    "gutenberg": "carriage parlour candlestick lantern mariner chamber estate cottage orchard "
-    "musket abbey physician widow servant schooner parson bonnet chimney regiment corridor ravine "
-    "harpoon shawl magistrate duchess hermit inkstand staircase monastery vessel squire hearth",
-    "open_subtitles": "gun cop phone agent lawyer judge bomb taxi suitcase detective gangster "
-    "ticket hostage airport passport bodyguard elevator murderer alibi warrant helicopter witness "
-    "spaceship sheriff casino motel rifle nightclub zombie robot parachute",
-    "simple_wiki": "city village province actor album mountain battle railway island temple "
-    "empire planet museum composer glacier peninsula volcano parliament dynasty reptile physicist "
-    "cathedral treaty satellite mineral molecule orchid stadium novelist fossil canal comet enzyme",
-    "switchboard": "job tax credit daycare lawn company jury camper hobby vacation mortgage "
-    "carpool landfill freeway salary nursery benefit catfish warranty quilt treadmill thermostat "
-    "dealership cassette",
+    "bnc_spoken": "meeting council pound budget committee motorway pub pension allotment kettle lorry chemist queue carpet boiler "
+    "parish survey invoice tenant chairman/chairmen solicitor garage fence radiator plumber bungalow cheque tribunal "
+    "warden roundabout marrow caravan",
+    "childes": "doggie bunny truck puzzle cookie crayon teddy blanket spoon train balloon duck puppet banana bib sticker tricycle "
+    "bubble kitty mitten sandbox raisin diaper giraffe block tractor pudding noodle whistle button pillow zebra monkey "
+    "cracker popsicle",
+    "gutenberg": "carriage parlour candlestick lantern mariner chamber estate cottage orchard musket abbey physician widow servant "
+    "schooner parson bonnet chimney regiment corridor ravine harpoon shawl magistrate duchess hermit inkstand staircase "
+    "monastery vessel squire hearth",
+    "open_subtitles": "gun cop phone agent lawyer judge bomb taxi suitcase detective gangster ticket hostage airport passport bodyguard "
+    "elevator murderer alibi warrant helicopter witness spaceship sheriff casino motel rifle nightclub zombie robot "
+    "parachute",
+    "simple_wiki": "city village province actor album mountain battle railway island temple empire planet museum composer glacier "
+    "peninsula volcano parliament dynasty reptile physicist cathedral treaty satellite mineral molecule orchid stadium "
+    "novelist fossil canal comet enzyme",
+    "switchboard": "job tax credit daycare lawn company jury camper hobby vacation mortgage carpool landfill freeway salary nursery "
+    "benefit catfish warranty quilt treadmill thermostat dealership cassette",
 }
 TAILS = {domain: nouns(text, shift=2.0) for domain, text in TAILS.items()}
 SYLLABLES = (
@@ -221,16 +199,14 @@ COMBINED = (
 @cache
 def reserved(one: str, other: str) -> bool:
     """Whether the combination of these two lemmas, in either order, is kept for the pairs."""
-    return zlib.crc32(" ".join(sorted((one, other))).encode()) % 16 == 0
+    return zlib.crc32(" ".join(sorted((one, other))).encode()) % 12 == 0
 
 
 def reserved_forms() -> dict[str, set[str]]:
     """Each form of a noun or name -> the forms that no training sentence with it may contain."""
     table: dict[str, set[str]] = {}
     for heads, classes in COMBINED:
-        for head, partner in product(
-            heads.words, (word for deck in classes for word in deck.words)
-        ):
+        for head, partner in product(heads.words, (word for deck in classes for word in deck.words)):
             if reserved(head.lemma, partner.lemma):
                 for form in head.forms:
                     table.setdefault(form, set()).update(partner.forms)
@@ -280,9 +256,9 @@ class Hero(NamedTuple):
 class Writer:
     """Draws words and builds phrases.
 
-    In the training text reserved combinations are avoided, modifiers vary in length, and every
-    document has favourite words. In the pairs (`unseen`) the combinations that matter are reserved
-    ones, modifiers are always long, and all words come from the core lexicon.
+    In the training text modifiers vary in length and every document has favourite words. In the
+    pairs (`unseen`) the combinations that matter are reserved ones, modifiers are always long, and
+    all words come from the core lexicon.
     """
 
     def __init__(self, seed: str, domain: str = "gutenberg", unseen: bool = False):
@@ -319,17 +295,14 @@ class Writer:
         return self.favourite(deck) if known else deck.draw(self.rng)
 
     def couple(self, deck: Deck, *others: Deck) -> list[Word]:
-        """A word with a partner from each other deck: all reserved combinations, or none."""
+        """A word and a partner for it from each other deck; in the pairs, reserved combinations."""
+        if not self.unseen:
+            return [self.draw(any_deck) for any_deck in (deck, *others)]
         while True:
-            head, partners = self.draw(deck), []
-            for other in others:
-                if self.unseen:
-                    kept = [word for word in other.words if reserved(head.lemma, word.lemma)]
-                    partners.append(self.rng.choice(kept or [None]))
-                else:
-                    partners.append(self.draw(other))
-            if all(word and reserved(head.lemma, word.lemma) == self.unseen for word in partners):
-                return [head, *partners]
+            head = self.draw(deck)
+            kept = [[word for word in other.words if reserved(head.lemma, word.lemma)] for other in others]
+            if all(kept):
+                return [head, *(self.rng.choice(words) for words in kept)]
 
     def noun_phrase(self, deck: Deck, looks: int = 0) -> str:
         """A phrase of either number: in the text its determiner may show which, in pairs never."""
@@ -432,7 +405,7 @@ def irregular_plural_agreement(w):
     return agreement(w, w.where(looks=0), *subject(w, IRREGULAR_BEINGS, IRREGULAR_THINGS))
 
 
-@phenomenon("morphology", "irregular_forms", weight=0.8)
+@phenomenon("morphology", "irregular_forms", weight=0.4)
 def irregular_past_participle(w):
     thing, verb = w.couple(THINGS, IRREGULAR_HANDLING)
     how, number = w.rng.choice(HOW), w.rng.randrange(2)
@@ -451,7 +424,7 @@ def determiner_noun_agreement(w):
     return determiner_noun(w, looks=0)
 
 
-@phenomenon("morphology", "determiner_noun_agreement", weight=1)
+@phenomenon("morphology", "determiner_noun_agreement", weight=1.5)
 def determiner_noun_agreement_adjectives(w):
     return determiner_noun(w, looks=2)
 
@@ -481,7 +454,7 @@ def pronoun_gender(w):
     return Square(frame, (he.lemma, she.lemma), ("he", "she"), lemmas(word, he, she))
 
 
-@phenomenon("semantics", "npi_licensing", weight=0.6, far=True)
+@phenomenon("semantics", "npi_licensing", weight=0.3, far=True)
 def npi_ever_scope(w):
     """`ever` needs a `no` above it and `already` shuns one; a `no` in the relative is not above."""
     head, verb = w.couple(BEINGS, ACTING)
@@ -493,7 +466,7 @@ def npi_ever_scope(w):
     return Square(frame, licensors, ("ever", "already"), lemmas(head, verb))
 
 
-@phenomenon("semantics", "npi_licensing", weight=0.6, far=True)
+@phenomenon("semantics", "npi_licensing", weight=0.3, far=True)
 def npi_either(w):
     head, verb = w.couple(BEINGS, ACTING)
     noun, could = w.rng.choice(head.forms), w.rng.choice(("could", "would", "should", "will"))
@@ -501,7 +474,7 @@ def npi_either(w):
     return Square(frame, ("not", ""), ("either", "too"), lemmas(head, verb))
 
 
-@phenomenon("syntax", "filler_gap_dependency", weight=0.8, far=True)
+@phenomenon("syntax", "filler_gap_dependency", weight=0.4, far=True)
 def wh_that_gap(w):
     """`what` needs an object to be missing, `that` needs it to be there."""
     head, verb = w.couple(BEINGS, HANDLING)
@@ -511,7 +484,7 @@ def wh_that_gap(w):
     return Square(frame, ("what", "that"), targets, lemmas(head, verb), swap="licensor")
 
 
-@phenomenon("syntax", "argument_structure", weight=0.6)
+@phenomenon("syntax", "argument_structure", weight=0.3)
 def transitivity(w):
     head, handling, acting = w.couple(BEINGS, HANDLING, ACTING)
     thing = f"{w.noun_phrase(THINGS, looks=1)}"
@@ -520,7 +493,7 @@ def transitivity(w):
     return Square(frame, (handling.past, acting.past), targets, held_out, swap="licensor")
 
 
-@phenomenon("semantics", "argument_structure", weight=0.6, far=True)
+@phenomenon("semantics", "argument_structure", weight=0.3, far=True)
 def animate_subject(w):
     (being, acting), (thing, decaying) = w.couple(BEINGS, ACTING), w.couple(THINGS, DECAYING)
     number = w.rng.randrange(2)
@@ -529,7 +502,7 @@ def animate_subject(w):
     return Square(frame, nouns, (acting.past, decaying.past), held_out + lemmas(thing, decaying))
 
 
-@phenomenon("syntax", "coordination", weight=0.6, far=True)
+@phenomenon("syntax", "coordination", weight=0.4, far=True)
 def correlative(w):
     head, verb = w.couple(BEINGS, ACTING)
     second = f"the {w.rng.choice(head.forms)} {verb.past} {w.then()}"
@@ -646,9 +619,7 @@ def turn(w: Writer) -> str:
 
 def article(w: Writer) -> list[str]:
     title, kind = w.draw(INVENTED), f"{w.draw(ANY_LOOK).lemma} {w.draw(TAILS[w.domain]).sg}"
-    first = (
-        f"{title} is {a(kind)} in {w.draw(INVENTED)}. It was named in {w.rng.randint(1500, 1999)}."
-    )
+    first = f"{title} is {a(kind)} in {w.draw(INVENTED)}. It was named in {w.rng.randint(1500, 1999)}."
     body = [paragraph(w, 3, 6, (statement, statement, story)) for _ in range(w.rng.randint(1, 3))]
     return [f"= = = {title} = = =", f"{first} {body[0]}", *body[1:]]
 

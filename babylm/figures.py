@@ -138,7 +138,7 @@ def save(fig, path) -> list[Path]:
     """Write `<path>.png` and `<path>.svg`, each under a temporary name first; the same figure gives the same bytes."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     written = [Path(f"{path}.png"), Path(f"{path}.svg")]
-    for final, stamp in zip(written, ("Software", "Date")):
+    for final, stamp in zip(written, ("Software", "Date"), strict=True):
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         fig.savefig(temporary, format=final.suffix[1:], metadata={stamp: None})
         os.replace(temporary, final)
@@ -158,7 +158,7 @@ def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> se
     end = max((place.max() for found in drawn for place, _ in found.values()), default=0) or 1
     unit, x_label = (1, x_label) if x != "time" or end <= 180 else (60, "minutes") if end < 10800 else (3600, "hours")
     end, above = end / unit, ax.transData + ScaledTranslation(0, 3.4 / 72, ax.figure.dpi_scale_trans)
-    for index, (run, found) in enumerate(zip(runs, drawn)):
+    for index, (run, found) in enumerate(zip(runs, drawn, strict=True)):
         for kind, (place, y) in found.items():
             if kind == "train" and len(found) == 2:
                 ax.plot(place / unit, y, color=COLOURS[index % 7], linewidth=0.6, alpha=0.45, zorder=2)
@@ -210,7 +210,7 @@ def _dots(runs, tables, key, group, width, sign, title=""):
     names = sorted(means, key=lambda name: (name in group, sign * means[name], name))
     fig = Figure(figsize=(width, 0.75 + len(names) * max(0.17, 0.055 * len(shown))), layout="constrained")
     ax, first = fig.subplots(), sum(name not in group for name in names)
-    for (index, _), shift in zip(shown, np.linspace(-0.28, 0.28, len(shown)) if len(shown) > 1 else [0.0]):
+    for (index, _), shift in zip(shown, np.linspace(-0.28, 0.28, len(shown)) if len(shown) > 1 else [0.0], strict=True):
         for place, name in enumerate(names):
             p, n = (number(tables[index].get(name, {}).get(part)) for part in (key, "n"))
             if n > 0 and 0 <= p <= 1:

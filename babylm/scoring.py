@@ -109,7 +109,8 @@ def sentence_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         start = stop
     model.train(was_training)
     if not np.isfinite(result).all():
-        raise UserError(f"the model gives log-probabilities that are not finite (first: {sentences[int(np.argmin(np.isfinite(result)))]!r})")
+        first = sentences[int(np.argmin(np.isfinite(result)))]
+        raise UserError(f"the model gives log-probabilities that are not finite (first: {first!r})")
     return result
 
 
@@ -228,7 +229,7 @@ class NgramModel:
             raise RuntimeError("fit the model before asking it for log-probabilities")
         probs = np.full(len(ids), 1.0 / self.vocab_size)
         context = np.zeros(len(ids), dtype=np.int64)  # row of the (n-1)-gram before each token, or -1
-        for n, level in enumerate(self.levels, start=1):
+        for level in self.levels:
             known = (context >= 0) & (context < len(level["given"]))
             row, found = self._find(level["keys"], context * self.vocab_size + ids, known)
             given = level["given"][np.where(known, context, 0)]
@@ -306,7 +307,7 @@ def score_ngram(folder: Path, corpus: str, store: TokenStore, seq_len: int, rows
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="models/NAME", help="finished run folders")
-    parser.add_argument("--corpus", required=True, help="folder of stage 1: its training part fits the n-gram model, its validation is scored")
+    parser.add_argument("--corpus", required=True, help="folder of stage 1: training part for the n-gram, validation to score")
     parser.add_argument("--eval", dest="eval_path", help="score the validation part of this corpus folder instead")
     parser.add_argument("--pairs", help="folder of minimal pairs, *.jsonl in BLiMP's format")
     parser.add_argument("--ngram", type=Path, metavar="models/NAME", help="also fit a 5-gram model, and write its scores here")

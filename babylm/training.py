@@ -3,7 +3,6 @@ resume checkpoints, preemption, and the end of a run. Every training stage calls
 `start_process`, `open_run`, `load_data`, `train`.
 """
 
-import contextlib
 import datetime
 import json
 import math
@@ -12,7 +11,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,7 +204,8 @@ def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int,
     print(f"batch      {batch} sequences = {processes} process(es) x {per_device} x {accumulation} accumulation; {tokens:,} tokens a step")
     print(f"budget     {steps:,} steps = {epochs:.2f} epochs = {words:,} words seen")
     print(f"objective  {distiller.describe(seq_len)}")
-    print(f"device     {device}, {training.precision}{', compiled' if training.compile else ''}, {torch.get_num_threads()} CPU threads", flush=True)
+    compiled = ", compiled" if training.compile else ""
+    print(f"device     {device}, {training.precision}{compiled}, {torch.get_num_threads()} CPU threads", flush=True)
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -353,7 +352,8 @@ class DistillTrainer(Trainer):
         self.folder.append_metrics(row)
         left = datetime.timedelta(seconds=round((self.args.max_steps - step) / rate))
         self._say(f"step {step:>6,}/{self.args.max_steps:,} | words {row['words'] / 1000:,.1f}K | epoch {row['epoch']:.2f} | "
-                  f"{self._show(row)} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | {row['tokens_per_s'] / 1000:,.1f}K tok/s | {left} left")
+                  f"{self._show(row)} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | "
+                  f"{row['tokens_per_s'] / 1000:,.1f}K tok/s | {left} left")
         if self.config.logging.trackers:
             super().log({name: value for name, value in row.items() if name != "kind"})
 
@@ -425,7 +425,8 @@ class DistillTrainer(Trainer):
             for name, parameter in mine.items():
                 parameter.copy_(saved[name])
         self.progress = Progress(**json.loads(Path(resume_from_checkpoint, "progress.json").read_text(encoding="utf-8")))
-        self._meter = {name: torch.tensor(value, dtype=torch.float64, device=self.args.device) for name, value in self.progress.meter.items()}
+        self._meter = {name: torch.tensor(value, dtype=torch.float64, device=self.args.device)
+                       for name, value in self.progress.meter.items()}
         self._micro_steps = self.progress.micro_steps
         self._window_step = int(re.search(r"checkpoint-(\d+)", resume_from_checkpoint)[1])
         self._say(f"resuming from {resume_from_checkpoint}")

@@ -1,0 +1,361 @@
+"""YAML and command line become a checked config, or a list of mistakes that says where each one is."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from babylm import config as config_module
+from babylm.config import (
+    BaselineConfig,
+    CorpusConfig,
+    RunConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    check,
+    identity,
+    load,
+    read_yaml,
+)
+
+ROOT = Path(config_module.__file__).parents[1]
+SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig)
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def run(**changes):
+    """The smallest valid values of a training stage, changed."""
+    return {"name": "tiny", "training": {"steps": 5}, **changes}
+
+
+def distil(**weights):
+    return run(distillation={"teacher": "models/teacher", **weights})
+
+
+def mistakes(schema, values):
+    """The lines that `check` complains in, without the heading."""
+    with pytest.raises(UserError) as caught:
+        check(schema, values, "some.yaml")
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == f"some.yaml: {len(lines)} mistake(s) in the config"
+    return [line.strip() for line in lines]
+
+
+def is_section(field):
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def fields(schema, prefix=""):
+    """(full path, field) of every key and section heading."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name, field
+        if is_section(field):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+
+
+# ---- Mistakes in a config -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (run(logging={"loging_steps": 5}), "logging.loging_steps: unknown key; did you mean logging_steps?"),
+    (run(modle={"layers": 2}), "modle: unknown key; did you mean model?"),
+    (run(lr=1e-3), "lr: unknown key; did you mean training.lr?"),
+    (run(training={"steps": 5, "seq_len": 64}), "training.seq_len: unknown key; did you mean data.seq_len?"),
+    (run(lora={"rank": 8}), "lora: unknown key; known keys: name, output, seed, "),
+    (run(checkpoints={"zzz": 1}), "checkpoints.zzz: unknown key; known keys: save_steps, keep, "),
+    (run(training={"steps": "many"}), "training.steps: Input should be a valid integer"),
+    (run(training={"steps": 2.5}), "training.steps: Input should be a valid integer"),
+    (run(training={"steps": True}), "training.steps: got true, which is not a valid value here"),
+    (run(training={"steps": 5, "lr": False}), "training.lr: got false, which is not a valid value here"),
+    (run(training={"words": True}), "training.words: got true, which is not a valid value here"),
+    (run(name=True), "name: got true, which is not a valid value here"),
+    (run(training={"steps": 5, "lr": -1}), "training.lr: Input should be greater than 0 (given: -1)"),
+    (run(training={"steps": 5, "lr": "nan"}), "training.lr: Input should be"),
+    (run(model={"dropout": 1.0}), "model.dropout: Input should be less than 1 (given: 1.0)"),
+    (run(training={"steps": 5, "schedule": "cosin"}), "training.schedule: Input should be 'cosine', 'linear' or 'constant'"),
+    (run(training={"steps": 5, "compile": "perhaps"}), "training.compile: Input should be a valid boolean"),
+    (run(training=[1, 2]), "training: Input should be a valid dictionary"),
+    (run(logging=None), "logging: the section is empty: give it keys, or remove its heading"),
+    ({"name": "tiny"}, "training: Field required"),
+    ({"training": {"steps": 5}}, "name: Field required"),
+    (run(name="v1.5"), "name 'v1.5' must hold neither dots"),
+    (run(name="a/b"), "nor slashes"),
+])
+def test_a_mistake_is_named_with_its_path(values, message):
+    (line,) = mistakes(BaselineConfig, values)
+    assert message in line
+
+
+def test_all_mistakes_are_shown_at_once():
+    values = run(data={"seq_len": 2, "corpuss": "x"}, training={"steps": 5, "lr": 0}, logging=None, colour="red")
+    paths = {line.split(":")[0] for line in mistakes(BaselineConfig, values)}
+    assert paths == {"data.seq_len", "data.corpuss", "training.lr", "logging", "colour"}
+
+
+@pytest.mark.parametrize("path", ["weight_decay", "grad_clip", "epochs"])
+def test_infinity_is_not_a_setting(path):
+    budget = {} if path == "epochs" else {"steps": 5}
+    (line,) = mistakes(BaselineConfig, run(training={**budget, path: float("inf")}))
+    assert line.startswith(f"training.{path}: ")
+
+
+def test_a_number_in_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: tiny\ntraining: {steps: 5, lr: 3e-4}\n")
+    assert read_yaml(path)["training"]["lr"] == "3e-4", "PyYAML reads it as text, which is why this test exists"
+    assert check(BaselineConfig, read_yaml(path), "run.yaml").training.lr == 3e-4
+
+
+def test_a_numeric_name_is_a_name():
+    assert check(BaselineConfig, run(name=7), "some.yaml").name == "7"
+
+
+# ---- Values that must fit together ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [{"steps": 5}, {"epochs": 1.5}, {"words": 1000}])
+def test_one_budget_is_enough(budget):
+    check(BaselineConfig, run(training=budget), "some.yaml")
+
+
+@pytest.mark.parametrize(("budget", "given"), [
+    ({}, "none"), ({"steps": 5, "words": 1000}, "steps, words"), ({"steps": 5, "epochs": 1, "words": 1}, "steps, epochs, words"),
+])
+def test_no_budget_or_several_are_refused(budget, given):
+    assert mistakes(BaselineConfig, run(training=budget)) == [
+        f"training: give exactly one of steps, epochs, words (given: {given})"]
+
+
+@pytest.mark.parametrize(("written", "words"), [
+    ("100K", 100_000), ("1M", 1_000_000), ("2.5M", 2_500_000), ("1b", 1_000_000_000), ("10 k", 10_000), ("300", 300), (12, 12)])
+def test_word_counts_may_be_abbreviated(written, words):
+    assert check(BaselineConfig, run(training={"words": written}), "some.yaml").training.words == words
+
+
+@pytest.mark.parametrize("written", ["0", "0K", "-1M", "10X", "1.5", "K", "1M words"])
+def test_other_word_counts_are_refused(written):
+    (line,) = mistakes(BaselineConfig, run(training={"words": written}))
+    assert line.startswith("training.words: ")
+
+
+def test_milestones_may_be_abbreviated():
+    checkpoints = {"extra_words": ["100K", "1.5M"], "every_words": "2M"}
+    got = check(BaselineConfig, run(checkpoints=checkpoints), "some.yaml").checkpoints
+    assert (got.extra_words, got.every_words) == ([100_000, 1_500_000], 2_000_000)
+
+
+@pytest.mark.parametrize(("given", "weights"), [
+    ({"alpha": 0.25}, (0.25, 0.75)), ({"alpha": 0}, (0, 1)), ({"alpha": 1}, (1, 0)), ({"w_ce": 2, "w_kl": 0.5}, (2, 0.5))])
+def test_distillation_weights(given, weights):
+    assert check(StudentConfig, distil(**given), "some.yaml").distillation.weights == weights
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"alpha": 0.5, "w_ce": 1}, "give either alpha or w_ce and w_kl, not both"),
+    ({"alpha": 0.5, "w_ce": 1, "w_kl": 1}, "give either alpha or w_ce and w_kl, not both"),
+    ({}, "give alpha, or w_ce and w_kl"),
+    ({"w_kl": 1}, "w_ce and w_kl go together: give both"),
+    ({"w_ce": 0, "w_kl": 0}, "w_ce and w_kl are both 0"),
+    ({"alpha": 1.1}, "less than or equal to 1"),
+])
+def test_distillation_weights_are_given_once(given, message):
+    (line,) = mistakes(StudentConfig, distil(**given))
+    assert line.startswith("distillation") and message in line
+
+
+@pytest.mark.parametrize(("schema", "values", "message"), [
+    (BaselineConfig, run(model={"width": 100, "heads": 12}), "width 100 is not a multiple of heads 12"),
+    (BaselineConfig, run(model={"init": "pretrained"}), "init: pretrained needs model.path"),
+    (BaselineConfig, run(model={"path": "gpt2"}), "set init: pretrained, or remove path"),
+    (BaselineConfig, run(model={"kv_heads": 3}), "kv_heads 3 needs architecture llama"),
+    (BaselineConfig, run(model={"architecture": "llama", "width": 36, "heads": 12}), "even width per head"),
+    (BaselineConfig, run(data={"seq_len": 64}, model={"max_positions": 32}), "data.seq_len 64 exceeds model.max_positions 32"),
+    (BaselineConfig, run(training={"steps": 5, "batch_size": 6, "per_device_batch_size": 4}), "not a multiple of per_device_batch_size"),
+    (BaselineConfig, run(checkpoints={"final": "best"}), "checkpoints.final: best needs logging.eval_steps <= training.steps"),
+    (TeacherConfig, run(lora={"mode": "lora"}), "set model.init: pretrained and model.path"),
+    (CorpusConfig, {"corpus": {"boundaries": {"qed": "line:3"}}}, "qed: 'line:3' is not one of auto, blank, heading, lines:N"),
+    (CorpusConfig, {"corpus": {"boundaries": {"qed": "lines:0"}}}, "qed: 'lines:0' is not one of"),
+])
+def test_values_that_contradict_each_other_are_refused(schema, values, message):
+    (line,) = mistakes(schema, values)
+    assert message in line
+
+
+# ---- The file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "expected a mapping of sections, found NoneType; is the file empty?"),
+    (b"# only a comment\n", "is the file empty?"),
+    (b"- a\n- b\n", "expected a mapping of sections, found list"),
+    (b"name: a\n\tb: 2\n", "not valid YAML: .* line 2, column 1"),
+    (b"name: [a,\n", "not valid YAML: .* line 2"),
+    (b"name: \xff\n", "not valid YAML: .*byte 0xff"),
+    (b"name: {{ name }}\n", "not valid YAML|stands|mapping"),
+    (b"name: a\nseed: 1\nname: b\n", "line 3: key 'name' stands twice in the same section"),
+    (b"data:\n  seq_len: 8\n  seq_len: 9\n", "line 3: key 'seq_len' stands twice in the same section"),
+])
+def test_a_bad_file_is_named(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert re.search(message, str(caught.value)) and str(caught.value).startswith(str(path))
+
+
+def test_the_same_key_in_two_sections_is_no_duplicate(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: {x: 1}\nb: {x: 1}\n")
+    assert read_yaml(path) == {"a": {"x": 1}, "b": {"x": 1}}
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_config_that_is_no_file_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        read_yaml(tmp_path / name)
+
+
+# ---- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path, write_yaml):
+    """command(schema, values, *arguments, flags=...) -> the config that a stage would get."""
+
+    def parse(schema, values, *arguments, flags=None):
+        path = write_yaml(tmp_path / "run.yaml", values)
+        return load(schema, str(path), "a stage", list(arguments), flags)[0]
+
+    return parse
+
+
+def test_overrides_reach_every_depth(command):
+    got = command(BaselineConfig, run(), "training.lr=1e-4", "seed=2", "checkpoints.extra_words=[10K, 20K]", "data.corpus=x=y")
+    assert (got.training.lr, got.seed, got.checkpoints.extra_words, got.data.corpus) == (1e-4, 2, [10_000, 20_000], "x=y")
+
+
+def test_an_override_can_take_a_value_away(command):
+    assert command(BaselineConfig, run(), "training.steps=null", "training.epochs=2").training.epochs == 2
+
+
+def test_overrides_and_flags_may_stand_in_any_order(command, tmp_path, write_yaml):
+    other = write_yaml(tmp_path / "other.yaml", run(seed=5))
+    got = command(BaselineConfig, run(), "training.lr=1e-4", "--config", str(other), "name=later")
+    assert (got.seed, got.training.lr, got.name) == (5, 1e-4, "later")
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("seed", "write it as key=value"), ("=3", "write it as key=value"), ("seed.deep=1", "seed is not a section"),
+    ("seed=[1", "'[1' is not a YAML value"), ("training.lrr=1", "training.lrr: unknown key; did you mean lr?"),
+    ("training.lr=fast", "training.lr: Input should be a valid number"),
+])
+def test_a_bad_override_is_named(command, override, message):
+    with pytest.raises(UserError) as caught:
+        command(BaselineConfig, run(seed=1), override)
+    assert message in str(caught.value)
+
+
+LORA_FLAGS = {"--use_lora": {"action": "store_true", "key": "lora.mode", "value": "lora"},
+              "--resume_path": {"key": "resume_path"}}
+
+
+@pytest.mark.parametrize(("arguments", "mode"), [([], "none"), (["--use_lora"], "lora")])
+def test_a_flag_sets_the_key_it_stands_for(command, arguments, mode):
+    values = run(model={"init": "pretrained", "path": "gpt2"})
+    assert command(TeacherConfig, values, *arguments, flags=LORA_FLAGS).lora.mode == mode
+
+
+def test_a_flag_with_a_value_sets_its_key(command):
+    got = command(TeacherConfig, run(), "--resume_path", "models/a: b/checkpoint-5", flags=LORA_FLAGS)
+    assert got.resume_path == "models/a: b/checkpoint-5"
+
+
+def test_a_flag_keeps_the_rest_of_its_section(command):
+    values = run(model={"init": "pretrained", "path": "gpt2"}, lora={"rank": 3})
+    assert command(TeacherConfig, values, "--use_lora", flags=LORA_FLAGS).lora.rank == 3
+
+
+# ---- Identity ---------------------------------------------------------------------------------------------------------
+
+NOT_IDENTITY = {  # where things lie, how often something is said or saved, how the work is spread; spelled out on purpose
+    "name", "output", "fresh", "resume_path", "data.corpus", "data.tokenizer", "data.eval_path", "training.per_device_batch_size",
+    "training.compile", "training.gradient_checkpointing", "training.device", "training.threads", "checkpoints.save_steps",
+    "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
+    "logging.trackers", "lora.merge_adapter", "distillation.teacher", "corpus.output", "download.strict_small", "download.strict",
+    "download.revision",
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_says_what_it_means(schema):
+    assert [path for path, field in fields(schema) if len(field.description or "") < 3] == []
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_is_marked_as_identity_or_not(schema):
+    marked = {path: field.json_schema_extra["identity"] for path, field in fields(schema) if not is_section(field)}
+    assert {path for path, is_identity in marked.items() if not is_identity} == NOT_IDENTITY & marked.keys()
+
+
+@pytest.mark.parametrize(("path", "value"), [("seed", 3), ("data.seq_len", 64), ("training.lr", 1e-3), ("model.layers", 2)])
+def test_what_a_run_is_changes_its_identity(command, path, value):
+    assert identity(command(BaselineConfig, run())) != identity(command(BaselineConfig, run(), f"{path}={value}"))
+
+
+@pytest.mark.parametrize("override", ["logging.logging_steps=3", "training.device=cpu", "training.per_device_batch_size=8",
+                                      "data.corpus=elsewhere", "checkpoints.keep=5", "name=other", "fresh=true"])
+def test_where_and_how_it_runs_does_not_change_its_identity(command, override):
+    assert identity(command(BaselineConfig, run())) == identity(command(BaselineConfig, run(), override))
+
+
+def test_alpha_and_the_weights_it_stands_for_are_recorded_as_given(command):
+    assert identity(command(StudentConfig, distil(alpha=0.5)))["distillation.alpha"] == 0.5
+
+
+# ---- The configs that are shipped ---------------------------------------------------------------------------------------
+
+
+def schema_of(values, path):
+    """The schema that a shipped file is meant for: by the sections only one stage has, else by its name."""
+    if "corpus" in values:
+        return CorpusConfig
+    if "distillation" in values:
+        return StudentConfig
+    return TeacherConfig if "lora" in values or path.stem.startswith("teacher") else BaselineConfig
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_is_valid(path):
+    values = read_yaml(path)
+    check(schema_of(values, path), values, str(path))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_begins_with_the_command_that_runs_it(path):
+    head = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0]
+    script, shipped = re.search(r"python (\w+\.py) --config (\S+)", head).groups()
+    assert (ROOT / script).is_file() and ROOT / shipped == path
+    assert {"combine_babylm.py": CorpusConfig, "train_teacher.py": TeacherConfig, "train_baseline.py": BaselineConfig,
+            "train_student.py": StudentConfig}[script] is schema_of(read_yaml(path), path)
+
+
+def test_configs_are_shipped_for_every_stage():
+    assert {schema_of(read_yaml(path), path) for path in SHIPPED} == set(SCHEMAS)
+
+
+def test_no_two_shipped_runs_share_a_folder():
+    folders = [(values["output"], values["name"]) for values in map(read_yaml, SHIPPED) if "name" in values]
+    assert sorted(folders) == sorted(set(folders))
+
+
+def test_a_config_survives_being_written_and_read(command, tmp_path):
+    got = command(StudentConfig, distil(alpha=0.5), "training.lr=3e-4")
+    assert StudentConfig.model_validate(yaml.safe_load(yaml.safe_dump(got.model_dump()))) == got
+
+
+def test_every_training_stage_has_the_keys_of_a_run():
+    shared = set(RunConfig.model_fields)
+    assert all(shared <= set(schema.model_fields) for schema in (TeacherConfig, BaselineConfig, StudentConfig))
