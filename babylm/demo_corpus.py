@@ -304,12 +304,17 @@ class Writer:
             if all(kept):
                 return [head, *(self.rng.choice(words) for words in kept)]
 
+    def determiners(self) -> tuple[str, str]:
+        """A singular and a plural determiner. In the text some show the number, in the pairs none."""
+        return self.rng.choice(DETERMINERS) if not self.unseen and self.maybe(0.4) else ("the", "the")
+
+    def either_number(self, noun: Word) -> tuple[str, str]:
+        one, many = self.determiners()
+        return f"{one} {noun.sg}", f"{many} {noun.pl}"
+
     def noun_phrase(self, deck: Deck, looks: int = 0) -> str:
-        """A phrase of either number: in the text its determiner may show which, in pairs never."""
         number = self.rng.randrange(2)
-        shown = not self.unseen and self.maybe(0.4)
-        determiner = self.rng.choice(DETERMINERS)[number] if shown else "the"
-        return f"{determiner} {self.looks(looks)} {self.draw(deck).forms[number]}"
+        return f"{self.determiners()[number]} {self.looks(looks)} {self.draw(deck).forms[number]}"
 
     def looks(self, most: int) -> str:
         """Up to two adjectives: as many as asked for in the pairs, at most so many in the text."""
@@ -381,7 +386,7 @@ def agreement(w: Writer, middle: str, heads: Deck, predicates: Deck) -> Square:
         targets, rest = ("has", "have"), f"{word.participle} {w.rng.choice(LATELY)}"
     else:
         targets, rest = (word.third, word.lemma), w.rng.choice(NOW)
-    return Square(f"the %s {middle} %s {rest}", head.forms, targets, lemmas(head, word))
+    return Square(f"%s {middle} %s {rest}", w.either_number(head), targets, lemmas(head, word))
 
 
 @phenomenon("syntax", "subject_verb_agreement", weight=2, far=True)
@@ -433,8 +438,8 @@ def determiner_noun_agreement_adjectives(w):
 def reflexive_number(w):
     deck, oneself = w.rng.choice(((MALE, "himself"), (FEMALE, "herself")))
     head, verb = w.couple(deck, TREATING)
-    frame = f"the %s {w.between()} {verb.past} %s {w.then()}"
-    return Square(frame, head.forms, (oneself, "themselves"), lemmas(head, verb))
+    frame = f"%s {w.between()} {verb.past} %s {w.then()}"
+    return Square(frame, w.either_number(head), (oneself, "themselves"), lemmas(head, verb))
 
 
 @phenomenon("syntax_semantics", "anaphor_agreement", weight=2, far=True)

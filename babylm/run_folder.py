@@ -9,6 +9,7 @@ Everything is written under a temporary name and renamed, so that a file that is
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -26,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from babylm.config import RunConfig, UserError, content_hash, identity
 from custom_dataset import DataError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREEMPTED_EXIT = 75  # EX_TEMPFAIL: a scheduler requeues, dependent jobs do not start
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "bitsandbytes", "numpy")
 
@@ -148,6 +151,7 @@ class RunFolder:
             write_text(self.run / "config.yaml", yaml.safe_dump(self.config.model_dump(), sort_keys=False))
             write_json(self.run / "record.json", self._record(mine, data))
             self.set_status("pending")
+        _opened.append(self)
         checkpoint = self.resume_point()
         if self.main:
             self.forget_metrics_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
@@ -317,27 +321,53 @@ class StopRequest:
         return bool(self.signal_name)
 
 
+_opened: list[RunFolder] = []  # by this process: whose status.json has to be kept true if it ends early
+
+
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a script's main: mistakes of the user are shown without a traceback, a preempted run exits with code 75."""
+    """Run a script's main and keep run/status.json true, however it ends.
+
+    Mistakes of the user and full disks are shown without a traceback (exit code 1); a signal that asks the process to stop
+    ends it with code 75, at once while things are being loaded, at the end of the step while a model trains.
+    """
+
+    def stop_now(number: int, _frame: Any) -> None:
+        raise Preempted(f"{signal.Signals(number).name} before the first step; the same command starts again")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop_now)
     try:
         main()
-    except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     except Preempted as stop:
+        _set_status("preempted", str(stop))
         print(f"preempted: {stop}", flush=True)
         sys.exit(PREEMPTED_EXIT)
+    except (UserError, DataError) as error:
+        _set_status("failed", str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BaseException as error:
+        _set_status("failed", "".join(traceback.format_exception_only(error)).strip())
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}; free some space and run the same "
+                  "command again", file=sys.stderr)
+            sys.exit(1)
+        raise
+
+
+def _set_status(state: str, reason: str) -> None:
+    for folder in _opened:
+        with contextlib.suppress(OSError):  # the disk may be full: the error itself is worth more than its record
+            folder.set_status(state, reason)
 
 
 @contextlib.contextmanager
-def status_of(folder: RunFolder) -> Iterator[None]:
-    """Keep run/status.json true while a run goes on: running, and failed or preempted if it does not get to its end."""
-    folder.set_status("running")
+def saving(what: Path) -> Iterator[None]:
+    """Turn the ways in which torch, safetensors and the system report a failed write into one error that says what to do."""
     try:
         yield
-    except Preempted as stop:
-        folder.set_status("preempted", str(stop))
-        raise
-    except BaseException as error:
-        folder.set_status("failed", "".join(traceback.format_exception_only(error)).strip())
-        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(f"could not save {what}: {error}. Free some space and run the same command again: it continues from "
+                        "the last whole checkpoint") from error

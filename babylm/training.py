@@ -32,8 +32,8 @@ from babylm.run_folder import (
     folder_written_whole,
     read_finished,
     require_finished,
+    saving,
     seal,
-    status_of,
     write_json,
 )
 from custom_dataset import EvalBlocks, TextPart, TokenBlocks, file_sha256, open_store, tokenizer_fingerprint
@@ -178,12 +178,12 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
         if distiller.teacher is not None:
             distiller.teacher.compile()
     distiller.to_device(device)
-    with status_of(folder):
-        trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop)
-        trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
-        if trainer.state.global_step < steps:
-            raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command continues there")
-        trainer.finish()
+    trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop)
+    folder.set_status("running")
+    trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
+    if trainer.state.global_step < steps:
+        raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command continues there")
+    trainer.finish()
 
 
 def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int, per_device: int, accumulation: int,
@@ -388,21 +388,19 @@ class DistillTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         staging, target = self.folder.root / f".{name}.tmp", self.folder.root / name
         try:
-            self._staging = str(staging)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.folder.main:
-                meter = {term: float(value) for term, value in self._meter.items()}
-                progress = {**self.progress.__dict__, "seconds": self.seconds(), "meter": meter, "micro_steps": self._micro_steps}
-                write_json(staging / name / "progress.json", progress)
-                seal(staging / name)
-                if target.exists():  # a damaged one of an earlier attempt
-                    target.rename(staging / "damaged")
-                os.rename(staging / name, target)
-                self.folder.rotate()
-        except OSError as error:
-            raise UserError(f"could not save {target}: {error.strerror or error}. Free some space and run the same command again: "
-                            f"it continues from {self.folder.resume_point() or 'the start'}") from error
+            with saving(target):
+                self._staging = str(staging)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.folder.main:
+                    meter = {term: float(value) for term, value in self._meter.items()}
+                    progress = {**self.progress.__dict__, "seconds": self.seconds(), "meter": meter, "micro_steps": self._micro_steps}
+                    write_json(staging / name / "progress.json", progress)
+                    seal(staging / name)
+                    if target.exists():  # a damaged one of an earlier attempt
+                        target.rename(staging / "damaged")
+                    os.rename(staging / name, target)
+                    self.folder.rotate()
         finally:
             self._staging = None
             if self.folder.main:
@@ -432,11 +430,12 @@ class DistillTrainer(Trainer):
         self._say(f"resuming from {resume_from_checkpoint}")
 
     def _export(self, target: Path) -> Any:
-        """Write the student alone, as a model that loads anywhere; returns the plain model that was written."""
+        """Write the student alone, as a model that loads anywhere; returns the model that was written."""
         student = self.model.student
         if getattr(self.config, "lora", None) and self.config.lora.mode != "none" and self.config.lora.merge_adapter:
             student = models.merge_adapters(student)
-        models.save_model(student, self.data.tokenizer, target)
+        with saving(target):
+            models.save_model(student, self.data.tokenizer, target)
         return student
 
     def save_milestones(self) -> None:
@@ -515,8 +514,8 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer._began = self.trainer._window_began = time.monotonic()
-        if self.trainer.stop:  # the signal came while models were loaded
-            raise Preempted(f"{self.trainer.stop.signal_name} before the first step; nothing was lost")
+        if self.trainer.stop:
+            raise Preempted(f"{self.trainer.stop.signal_name} before the first step; the same command starts again")
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         trainer, config, step = self.trainer, self.trainer.config, state.global_step

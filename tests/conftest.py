@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
@@ -14,6 +15,7 @@ import yaml
 import combine_babylm
 from babylm import models
 from babylm.demo_corpus import write_corpus
+from babylm.run_folder import run_stage
 
 ROOT = Path(combine_babylm.__file__).parent
 torch.set_num_threads(1)
@@ -93,3 +95,34 @@ def shared():
     if not path or not Path(path).is_dir():
         pytest.skip("BABYLM_SHARED names no folder")
     return Path(path)
+
+
+@pytest.fixture
+def in_child(tmp_path):
+    """in_child(function) -> CompletedProcess: call it in a forked process, as a script would (exit code, stdout, stderr)."""
+
+    def call(function):
+        out, err = tmp_path / "child.out", tmp_path / "child.err"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                for number, path in ((1, out), (2, err)):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                run_stage(function)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return subprocess.CompletedProcess("child", code, out.read_text(), err.read_text())
+
+    return call

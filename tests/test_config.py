@@ -178,6 +178,7 @@ def test_distillation_weights_are_given_once(given, message):
     (TeacherConfig, run(lora={"mode": "lora"}), "set model.init: pretrained and model.path"),
     (CorpusConfig, {"corpus": {"boundaries": {"qed": "line:3"}}}, "qed: 'line:3' is not one of auto, blank, heading, lines:N"),
     (CorpusConfig, {"corpus": {"boundaries": {"qed": "lines:0"}}}, "qed: 'lines:0' is not one of"),
+    (CorpusConfig, {"corpus": {"validation_fraction": 1.0}}, "tokenizer.path"),  # there is no text to train a tokenizer on
 ])
 def test_values_that_contradict_each_other_are_refused(schema, values, message):
     (line,) = mistakes(schema, values)
@@ -284,8 +285,8 @@ NOT_IDENTITY = {  # where things lie, how often something is said or saved, how 
     "name", "output", "fresh", "resume_path", "data.corpus", "data.tokenizer", "data.eval_path", "training.per_device_batch_size",
     "training.compile", "training.gradient_checkpointing", "training.device", "training.threads", "checkpoints.save_steps",
     "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
-    "logging.trackers", "lora.merge_adapter", "distillation.teacher", "corpus.output", "download.strict_small", "download.strict",
-    "download.revision",
+    "logging.trackers", "lora.merge_adapter", "distillation.teacher", "corpus.input", "corpus.output", "download.strict_small",
+    "download.strict", "download.revision",
 }
 
 
@@ -334,12 +335,12 @@ def test_every_shipped_config_is_valid(path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_config_begins_with_the_command_that_runs_it(path):
+def test_the_head_of_a_shipped_config_names_its_stage_and_its_command(path):
     head = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0]
-    script, shipped = re.search(r"python (\w+\.py) --config (\S+)", head).groups()
-    assert (ROOT / script).is_file() and ROOT / shipped == path
-    assert {"combine_babylm.py": CorpusConfig, "train_teacher.py": TeacherConfig, "train_baseline.py": BaselineConfig,
-            "train_student.py": StudentConfig}[script] is schema_of(read_yaml(path), path)
+    stage = int(re.search(r"Stage (\d)", head)[1])
+    assert SCHEMAS[stage - 1] is schema_of(read_yaml(path), path)
+    for script, shipped in re.findall(r"python (\w+\.py) --config (\S+)", head):
+        assert ROOT / shipped == path and script in (SCHEMAS[stage - 1].__doc__ or "")
 
 
 def test_configs_are_shipped_for_every_stage():
