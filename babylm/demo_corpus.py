@@ -140,6 +140,7 @@ IRREGULAR_BEINGS, IRREGULAR_THINGS = (
 IRREGULAR_HANDLING = Deck(verb for verb in HANDLING.words if verb.past != verb.participle)
 
 DETERMINERS = (("this", "these"), ("that", "those"), ("one", "two"), ("every", "several"))
+TITLES = (("Mr", "Mrs"), ("Sir", "Miss"))
 NEAR = ("near", "behind", "beside", "opposite", "below")
 THEN = ("yesterday", "again", "last night", "in the morning", "at noon", "on Sunday")
 LATELY = ("again", "twice", "before", "today", "lately")
@@ -273,9 +274,10 @@ class Writer:
         self.mentioned: Hero | None = None  # whom a pronoun at the start of a sentence means
         he, she, they, it = (self.favourite(deck) for deck in (HIS, HERS, BEINGS, THINGS))
         king, queen = self.favourite(MALE), self.favourite(FEMALE)
+        his_name, her_name = self.titled(he, she)
         self.heroes = [
-            Hero(he.lemma, "he", "his", "himself"),
-            Hero(she.lemma, "she", "her", "herself"),
+            Hero(his_name, "he", "his", "himself"),
+            Hero(her_name, "she", "her", "herself"),
             Hero(f"the {king.sg}", "he", "his", "himself"),
             Hero(f"the {queen.sg}", "she", "her", "herself"),
             Hero(f"the {they.pl}", "they", "their", "themselves"),
@@ -306,7 +308,12 @@ class Writer:
 
     def determiners(self) -> tuple[str, str]:
         """A singular and a plural determiner. In the text some show the number, in the pairs none."""
-        return self.rng.choice(DETERMINERS) if not self.unseen and self.maybe(0.4) else ("the", "the")
+        return self.rng.choice(DETERMINERS) if not self.unseen and self.maybe(0.5) else ("the", "the")
+
+    def titled(self, he: Word, she: Word) -> tuple[str, str]:
+        """A man's and a woman's name. In the text some have a title that shows which, in the pairs none."""
+        his, hers = self.rng.choice(TITLES) if not self.unseen and self.maybe(0.5) else ("", "")
+        return f"{his} {he.lemma}".strip(), f"{hers} {she.lemma}".strip()
 
     def either_number(self, noun: Word) -> tuple[str, str]:
         one, many = self.determiners()
@@ -378,8 +385,9 @@ def subject(w: Writer, beings: Deck = BEINGS, things: Deck = THINGS) -> tuple[De
 
 
 def agreement(w: Writer, middle: str, heads: Deck, predicates: Deck) -> Square:
-    """Subject and verb agree in number across `middle`."""
+    """Subject and verb agree in number across `middle`, or side by side in some of the text."""
     head, word = w.couple(heads, predicates)
+    middle = "" if not w.unseen and w.maybe(0.3) else middle
     if len(word.forms) == 1:
         targets, rest = w.rng.choice((("is", "are"), ("was", "were"))), word.lemma
     elif w.maybe(0.35):
@@ -389,23 +397,23 @@ def agreement(w: Writer, middle: str, heads: Deck, predicates: Deck) -> Square:
     return Square(f"%s {middle} %s {rest}", w.either_number(head), targets, lemmas(head, word))
 
 
-@phenomenon("syntax", "subject_verb_agreement", weight=2, far=True)
+@phenomenon("syntax", "subject_verb_agreement", weight=1.7, far=True)
 def agreement_across_pp(w):
     return agreement(w, w.where(), *subject(w))
 
 
-@phenomenon("syntax", "subject_verb_agreement", weight=2, far=True)
+@phenomenon("syntax", "subject_verb_agreement", weight=1.7, far=True)
 def agreement_across_relative(w):
     heads, predicates = subject(w)
     return agreement(w, w.relative(animate=heads is BEINGS), heads, predicates)
 
 
-@phenomenon("syntax", "subject_verb_agreement", weight=1.5, far=True)
+@phenomenon("syntax", "subject_verb_agreement", weight=1.2, far=True)
 def agreement_two_attractors(w):
     return agreement(w, f"{w.where(looks=1)} {w.where(looks=1)}", *subject(w))
 
 
-@phenomenon("morphology", "irregular_forms", weight=1.5)
+@phenomenon("morphology", "irregular_forms", weight=1.2)
 def irregular_plural_agreement(w):
     return agreement(w, w.where(looks=0), *subject(w, IRREGULAR_BEINGS, IRREGULAR_THINGS))
 
@@ -434,7 +442,7 @@ def determiner_noun_agreement_adjectives(w):
     return determiner_noun(w, looks=2)
 
 
-@phenomenon("syntax_semantics", "anaphor_agreement", weight=1.5, far=True)
+@phenomenon("syntax_semantics", "anaphor_agreement", weight=1.2, far=True)
 def reflexive_number(w):
     deck, oneself = w.rng.choice(((MALE, "himself"), (FEMALE, "herself")))
     head, verb = w.couple(deck, TREATING)
@@ -442,24 +450,24 @@ def reflexive_number(w):
     return Square(frame, w.either_number(head), (oneself, "themselves"), lemmas(head, verb))
 
 
-@phenomenon("syntax_semantics", "anaphor_agreement", weight=2, far=True)
+@phenomenon("syntax_semantics", "anaphor_agreement", weight=2.5, far=True)
 def reflexive_gender(w):
     verb, he, she = w.couple(TREATING, MALE, FEMALE)
     frame = f"the %s {w.between()} {verb.past} %s {w.then()}"
     return Square(frame, (he.sg, she.sg), ("himself", "herself"), lemmas(verb, he, she))
 
 
-@phenomenon("syntax_semantics", "pronoun_anaphora", weight=2, far=True)
+@phenomenon("syntax_semantics", "pronoun_anaphora", weight=2.5, far=True)
 def pronoun_gender(w):
     word, he, she = w.couple(BEINGS_DO, HIS, HERS)
     when, came = w.rng.choice(("when", "after", "before")), w.rng.choice(("came", "went", "walked"))
     way = f"to the house {w.where()}" if w.unseen or w.maybe(0.5) else "home"
     did = word.past if len(word.forms) > 1 else f"was {word.lemma}"
     frame = f"{when} %s {came} {way}, %s {did} {w.then()}"
-    return Square(frame, (he.lemma, she.lemma), ("he", "she"), lemmas(word, he, she))
+    return Square(frame, w.titled(he, she), ("he", "she"), lemmas(word, he, she))
 
 
-@phenomenon("semantics", "npi_licensing", weight=0.3, far=True)
+@phenomenon("semantics", "npi_licensing", weight=0.4, far=True)
 def npi_ever_scope(w):
     """`ever` needs a `no` above it and `already` shuns one; a `no` in the relative is not above."""
     head, verb = w.couple(BEINGS, ACTING)
@@ -471,7 +479,7 @@ def npi_ever_scope(w):
     return Square(frame, licensors, ("ever", "already"), lemmas(head, verb))
 
 
-@phenomenon("semantics", "npi_licensing", weight=0.3, far=True)
+@phenomenon("semantics", "npi_licensing", weight=0.4, far=True)
 def npi_either(w):
     head, verb = w.couple(BEINGS, ACTING)
     noun, could = w.rng.choice(head.forms), w.rng.choice(("could", "would", "should", "will"))
@@ -479,7 +487,7 @@ def npi_either(w):
     return Square(frame, ("not", ""), ("either", "too"), lemmas(head, verb))
 
 
-@phenomenon("syntax", "filler_gap_dependency", weight=0.4, far=True)
+@phenomenon("syntax", "filler_gap_dependency", weight=0.3, far=True)
 def wh_that_gap(w):
     """`what` needs an object to be missing, `that` needs it to be there."""
     head, verb = w.couple(BEINGS, HANDLING)
@@ -507,7 +515,7 @@ def animate_subject(w):
     return Square(frame, nouns, (acting.past, decaying.past), held_out + lemmas(thing, decaying))
 
 
-@phenomenon("syntax", "coordination", weight=0.4, far=True)
+@phenomenon("syntax", "coordination", weight=0.6, far=True)
 def correlative(w):
     head, verb = w.couple(BEINGS, ACTING)
     second = f"the {w.rng.choice(head.forms)} {verb.past} {w.then()}"

@@ -33,6 +33,7 @@ RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key 
       "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "babylm", "savefig.dpi": 200}
 style = partial(matplotlib.rc_context, RC)    # `with style():` or `@style()`: the look, whatever matplotlibrc says
 
+
 @dataclass(eq=False)
 class Run:
     folder: Path
@@ -49,13 +50,16 @@ class Run:
         mark = " (unfinished)" if (self.train or self.evals) and not self.finished else ""
         return " " * self.name.startswith("_") + self.name + mark          # matplotlib hides labels that start with _
 
+
 def number(value) -> float:
     """A finite float, or NaN for null, NaN, infinity and anything that is no number."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
+
 def _table(text):
     with suppress(ValueError):
         return value if isinstance(value := json.loads(text), dict) else None
+
 
 def load_metrics(folder) -> Run:
     """Read run/metrics.jsonl, finished.json and scores.json of a run folder; what is wrong with them: `problems`."""
@@ -87,6 +91,7 @@ def load_metrics(folder) -> Run:
         run.problems.append(what if folder.is_dir() else "no such folder")
     return run
 
+
 def points(run, metric, x="words", window=1, log=False) -> dict:
     """{"train": (x, y), "validation": (x, y)}, each if it has a finite value; gaps are NaN, train is a running mean."""
     found, (outer, _, inner) = {}, metric.partition(".")                   # ce_by_domain.childes looks inside
@@ -105,10 +110,12 @@ def points(run, metric, x="words", window=1, log=False) -> dict:
             found[kind] = (place, y)
     return found
 
+
 def scored(run, part) -> dict:
     """The table `pairs` or `by_domain` of a run's scores, without entries that are no tables themselves."""
     table = (run.scores or {}).get(part)
     return {key: value for key, value in table.items() if isinstance(value, dict)} if isinstance(table, dict) else {}
+
 
 def si(value, _=None) -> str:
     """100000 -> 100K, 2560000 -> 2.56M, 0.0002 -> 2e-4."""
@@ -118,9 +125,11 @@ def si(value, _=None) -> str:
     mantissa, _, power = f"{value:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(power)}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
 
+
 def look(index, **changes) -> dict:
     return {"color": COLOURS[index % 7], "marker": MARKERS[index % 8], "linestyle": DASHES[index // 7 % 4],
             "linewidth": 1.2, "markersize": 3.4, "markeredgecolor": "white", "markeredgewidth": 0.4, **changes}
+
 
 def _legends(fig, shown, used=()):
     """Run names above the panels, the kinds of mark below them; the figure grows by the rows of names it needs."""
@@ -133,6 +142,7 @@ def _legends(fig, shown, used=()):
     if keys:
         fig.legend(handles=keys, loc="outside lower center", ncols=3, columnspacing=1.4)
 
+
 @style()
 def save(fig, path) -> list[Path]:
     """Write `<path>.png` and `<path>.svg`, each under a temporary name first; the same figure gives the same bytes."""
@@ -144,12 +154,14 @@ def save(fig, path) -> list[Path]:
         os.replace(temporary, final)
     return written
 
+
 def _ticks(axis, low, high, log=False):
     subs = (1,) if high > 2e3 * low else (1, 2, 5) if high > 10 * low else (1, 2, 3, 5)
     plain = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
     axis.set_major_locator(LogLocator(subs=subs) if log and high > 3 * low else plain)
     axis.set_major_formatter(FuncFormatter(si))
     axis.set_minor_formatter(NullFormatter())
+
 
 def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> set[str]:
     """Draw one metric of every run into `ax`; returns the kinds of mark used: train (thin), validation, milestone."""
@@ -174,11 +186,14 @@ def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> se
     train, validation = ([v for found in drawn if kind in found for v in found[kind][1] if v < 1e300] for kind in KINDS)
     low, high = min(train + validation, default=1), max(train + validation, default=1)
     _ticks(ax.xaxis, 0, end)
+    to, back = (math.log, math.exp) if log_y else (float, float)
+    lowest, best = to(low), to(max(validation, default=high))
+    top = best + 0.35 * (best - lowest) if train and len(validation) > 1 else to(high)
+    if to(high) - lowest > 1.15 * (top - lowest) > 0:       # the first steps would press the rest flat: cut, and say so
+        ax.set_ylim(back(lowest - 0.05 * (top - lowest)), back(top + 0.05 * (top - lowest)))
+        ax.annotate(f"cut: train up to {si(high)}", (1, 1), (0, -1), "axes fraction", ha="right", va="top", **SMALL)
+        high = back(top)
     _ticks(ax.yaxis, low, high, log_y)
-    top = max(*validation, np.percentile(train, 97)) if train and validation else high
-    if not log_y and high - low > 1.15 * (top - low) > 0:   # the first steps would press the rest flat: cut, and say so
-        ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
-        ax.annotate(f"cut: train up to {high:.3g}", (1, 1), (0, -1), "axes fraction", ha="right", va="top", **SMALL)
     for (index, _), spot in spots.items():
         ax.plot(*spot, transform=above, zorder=4, markeredgecolor=COLOURS[index % 7], **FLAG)
     flags, last = {name: spot for (_, name), spot in sorted(spots.items(), key=lambda item: item[1][1])}, -end
@@ -187,6 +202,7 @@ def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> se
             ax.annotate(name, spot, (0, 6.2), ha="center", va="bottom", zorder=5, **SMALL)
             last = spot[0]
     return {*(KINDS if any(len(found) == 2 for found in drawn) else ()), *(["milestone"] if flags else ())}
+
 
 @style()
 def curve_figure(runs, metrics, x="words", width=3.3, window=1, log_y=False):
@@ -200,6 +216,7 @@ def curve_figure(runs, metrics, x="words", width=3.3, window=1, log_y=False):
             for place, metric in enumerate(metrics)]
     _legends(fig, [pair for pair in enumerate(runs) if any(pair[1] in found[m] for m in metrics)], set().union(*used))
     return fig
+
 
 def _dots(runs, tables, key, group, width, sign, title=""):
     """Rows by name, the best on average on top, the group shaded below; a marker per run, 95 % Wilson bars with n."""
@@ -219,11 +236,12 @@ def _dots(runs, tables, key, group, width, sign, title=""):
             ax.plot(p, place + shift, **look(index, linestyle=""))
     if first < len(names):
         ax.axhspan(first - 0.5, len(names) - 0.4, color="#F1F1F1", zorder=0, linewidth=0)
-        ax.annotate(title, (1, first - 0.5), (-1, -1), ("axes fraction", "data"), ha="right", va="top", **SMALL)
+        ax.annotate(title, (0.55, first - 0.5), (0, -1), ("axes fraction", "data"), ha="center", va="top", **SMALL)
     ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     _legends(fig, shown)
     return fig, ax
+
 
 @style()
 def pairs_plot(runs, width=3.3):
@@ -234,8 +252,9 @@ def pairs_plot(runs, width=3.3):
     far = {name for table in tables for name, row in table.items() if row.get("long_distance")}
     fig, ax = _dots(runs, tables, "accuracy", far, width, -1, "long-distance")
     ax.axvline(0.5, color=GREY, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.6)
-    ax.set_xlabel("accuracy with 95 % interval (dashed: chance)")
+    ax.set_xlabel("accuracy, with 95 % interval")
     return fig
+
 
 @style()
 def domains_plot(runs, width=3.3):
