@@ -369,6 +369,7 @@ class TokenBlocks(torch.utils.data.Dataset):
                             f"{' at every offset (data.random_chunk)' if random_chunk else ''}: use more text or shorter blocks")
         self.items = self.blocks_per_epoch if items is None else items
         self._epoch: int | None = None
+        self._layout_words: dict[int, int] = {}  # words of a whole epoch, by layout
 
     def __len__(self) -> int:
         return self.items
@@ -418,10 +419,10 @@ class TokenBlocks(torch.utils.data.Dataset):
         """Make the order, offset and word counts of an epoch current."""
         if epoch == self._epoch:
             return
-        # The words of all epochs before: epochs of one layout hold equally many, so each layout is counted once.
-        before = self._words_before + int(self._words[-1]) if self._epoch is not None and epoch == self._epoch + 1 else sum(
-            int(self._block_words(self.layout(earlier)).sum()) for earlier in range(epoch))
-        self._words_before = before
+        layouts = [self.layout(earlier) for earlier in range(epoch)]
+        for layout in set(layouts) - self._layout_words.keys():
+            self._layout_words[layout] = int(self._block_words(layout).sum())
+        self._words_before = sum(self._layout_words[layout] for layout in layouts)
         self._offset = self.offset(self.layout(epoch))
         self._order = np.random.default_rng([self.seed, 2, epoch]).permutation(self.blocks_per_epoch)
         self._words = np.concatenate([[0], np.cumsum(self._block_words(self.layout(epoch))[self._order])])

@@ -4,6 +4,7 @@ resume checkpoints, preemption, and the end of a run. Every training stage calls
 """
 
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -50,6 +51,9 @@ RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this c
 def start_process(config: RunConfig) -> torch.device:
     """Check the hardware against the config, set threads, and join the process group if there is one."""
     device = models.choose_device(config.training)
+    for tracker in config.logging.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"logging.trackers: {tracker} is not installed: pip install {tracker}, or take it off the list")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     PartialState(cpu=device.type == "cpu")
