@@ -11,6 +11,7 @@ Expect   10M words in about a minute on two cores; memory does not grow with the
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main() -> None:
     if flags.download:
         hub.download_corpus(config.download, flags.download, source)
     if section.demo_words:
-        demo_corpus.write_corpus(source, section.demo_words, config.seed)
+        _write_demo(source, section.demo_words, config.seed)
     files = sorted(source.glob("*.train")) or sorted(source.glob("*.dev"))
     if not files:
         raise UserError(f"{source} holds no *.train files: give --input a folder that does, or fetch the published corpus with "
@@ -49,41 +50,46 @@ def main() -> None:
 
     # ---- 2. Open the output folder ----------------------------------------------------------------------------------
     mine = {**identity(config), "files": {file.name: file_sha256(file) for file in files}}
+    if tokenizer is not None:  # the folder it came from may hold another one next time
+        mine["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if _is_done(target, mine, config.fresh):
         print(f"{target} already holds this corpus: nothing to do")
     else:
-        # ---- 3. Clean every file into documents, and draw the validation part by document within it -----------------
-        domains = {}
-        for number, file in enumerate(files):
-            scratch = target / f".{file.stem}.clean.tmp"
-            documents, report = clean(file, scratch, section, rules[file.stem])
-            assign_parts(documents, section, sum(f.stat().st_size for f in files), file.stat().st_size, [config.seed, number])
-            domains[file.stem] = (scratch, documents, report)
-            used = documents["words"][documents["part"] >= 0].sum()
-            print(f"{file.name:<24} {report['words']:>12,} words  {len(documents):>7,} documents ({report['boundary']})  "
-                  f"{used:>12,} used  {documents['words'][documents['part'] == 1].sum():>10,} for validation", flush=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".", suffix=".tmp") as scratch_folder:  # gone, however it ends
+            # ---- 3. Clean every file into documents, and draw the validation part by document within it -----------------
+            domains = {}
+            for number, file in enumerate(files):
+                scratch = Path(scratch_folder) / f"{file.stem}.clean"
+                documents, report = clean(file, scratch, section, rules[file.stem])
+                assign_parts(file.name, documents, section, sum(f.stat().st_size for f in files), file.stat().st_size,
+                             [config.seed, number])
+                domains[file.stem] = (scratch, documents, report)
+                used = documents["words"][documents["part"] >= 0].sum()
+                print(f"{file.name:<24} {report['words']:>12,} words  {len(documents):>7,} documents ({report['boundary']})  "
+                      f"{used:>12,} used  {documents['words'][documents['part'] == 1].sum():>10,} for validation", flush=True)
 
-        # ---- 4. Write the two parts, the tokenizer and the manifest ---------------------------------------------------
-        duplicates = find_duplicates(domains, section.drop_duplicates)
-        parts = {part: write_part(target, part, domains) for part in PARTS}
-        trained_on = 0
-        if tokenizer is None:
-            print(f"training a tokenizer of {config.tokenizer.vocab_size:,} entries on the training text", flush=True)
-            tokenizer = models.train_tokenizer(_texts(target, "train", parts), config.tokenizer.vocab_size, config.tokenizer.min_frequency)
-            trained_on = parts["train"]["words"]
-        (target / "tokenizer").mkdir(exist_ok=True)
-        models.save_tokenizer(tokenizer, target / "tokenizer")
-        for scratch, _, _ in domains.values():
-            scratch.unlink()
-        write_json(target / "manifest.json", {
-            "identity": mine, "identity_hash": content_hash(mine), "seed": config.seed,
-            "validation_fraction": section.validation_fraction, "domains": list(domains), "parts": parts, "duplicates": duplicates,
-            "files": {name: report for name, (_, _, report) in domains.items()},
-            "tokenizer": {"source": config.tokenizer.path or "trained here", "entries": len(tokenizer),
-                          "trained_on_words": trained_on, "fingerprint": tokenizer_fingerprint(tokenizer)}})
-        shared = f"{duplicates['documents']:,} documents and {duplicates['long_lines']:,} long lines of validation also stand in training"
-        print(f"{target}: {parts['train']['words']:,} words for training, {parts['val']['words']:,} for validation; {shared}"
-              f"{' and were left out of it' if duplicates['dropped_from_train'] else ''}", flush=True)
+            # ---- 4. Write the two parts, the tokenizer and the manifest ---------------------------------------------------
+            duplicates = find_duplicates(domains, section.drop_duplicates)
+            parts = {part: write_part(target, part, domains) for part in PARTS}
+            trained_on = 0
+            if tokenizer is None:
+                print(f"training a tokenizer of {config.tokenizer.vocab_size:,} entries on the training text", flush=True)
+                tokenizer = models.train_tokenizer(_texts(target, "train", parts), config.tokenizer.vocab_size,
+                                                   config.tokenizer.min_frequency)
+                trained_on = parts["train"]["words"]
+            (target / "tokenizer").mkdir(exist_ok=True)
+            models.save_tokenizer(tokenizer, target / "tokenizer")
+            write_json(target / "manifest.json", {
+                "identity": mine, "identity_hash": content_hash(mine), "seed": config.seed,
+                "validation_fraction": section.validation_fraction, "domains": list(domains), "parts": parts, "duplicates": duplicates,
+                "files": {name: report for name, (_, _, report) in domains.items()},
+                "tokenizer": {"source": config.tokenizer.path or "trained here", "entries": len(tokenizer),
+                              "trained_on_words": trained_on, "fingerprint": tokenizer_fingerprint(tokenizer),
+                              "sha256": file_sha256(target / "tokenizer" / "tokenizer.json")}})
+            shared = (f"{duplicates['documents']:,} documents and {duplicates['long_lines']:,} long lines of validation also stand in "
+                      "training")
+            print(f"{target}: {parts['train']['words']:,} words for training, {parts['val']['words']:,} for validation; {shared}"
+                  f"{' and were left out of it' if duplicates['dropped_from_train'] else ''}", flush=True)
     if section.demo_words and section.demo_pairs:
         demo_corpus.write_minimal_pairs(target / "pairs", config.seed, section.demo_pairs)
 
@@ -95,6 +101,16 @@ def main() -> None:
 
 
 # ---- The steps in detail --------------------------------------------------------------------------------------------
+
+
+def _write_demo(folder: Path, words: int, seed: int) -> None:
+    """Generate the demo corpus; never over a file of the user's."""
+    mark = folder / ".demo"  # says that the files beside it were generated
+    if not mark.exists() and (theirs := sorted(folder.glob("*.train"))):
+        raise UserError(f"{theirs[0]} was not made by the demo generator, which would overwrite it: choose another --input")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    demo_corpus.write_corpus(folder, words, seed)
 
 
 def _rules(domain: str, section: CorpusSection) -> tuple[str, ...]:
@@ -109,8 +125,10 @@ def _is_done(target: Path, mine: dict, fresh: bool) -> bool:
     manifest_path = target / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        whole = all((target / part["file"]).is_file() and file_sha256(target / part["file"]) == part["sha256"]
-                    for part in manifest["parts"].values())
+        expected = {target / part["file"]: part["sha256"] for part in manifest["parts"].values()}
+        expected |= {target / f"{name}_documents.npy": part.get("index_sha256") for name, part in manifest["parts"].items()}
+        expected[target / "tokenizer" / "tokenizer.json"] = manifest["tokenizer"].get("sha256")
+        whole = all(path.is_file() and file_sha256(path) == digest for path, digest in expected.items())
         if manifest["identity_hash"] == content_hash(mine) and whole and not fresh:
             return True
         if manifest["identity_hash"] != content_hash(mine) and not fresh:
@@ -160,27 +178,29 @@ def clean(file: Path, scratch: Path, section: CorpusSection, rules: tuple[str, .
     return documents, report
 
 
-def assign_parts(documents: np.ndarray, section: CorpusSection, all_bytes: int, file_bytes: int, seed: list[int]) -> None:
+def assign_parts(name: str, documents: np.ndarray, section: CorpusSection, all_bytes: int, file_bytes: int, seed: list[int]) -> None:
     """Set `part` of every document of one domain, in place: drawn in seeded order until the share of words is reached.
 
     Every domain gives at least one document to validation and keeps one for training, unless the share is 0 or 1.
     """
     order = np.random.default_rng(seed).permutation(len(documents))
     words = documents["words"]
+    share = section.validation_fraction
+    least = 2 if 0 < share < 1 else 1  # documents that a domain needs, however small its budget
     if section.max_words:
-        budget, taken = section.max_words * file_bytes / all_bytes, 0
+        budget, taken, chosen = section.max_words * file_bytes / all_bytes, 0, 0
         documents["part"] = -1
         for index in order:
-            if taken + words[index] <= budget or taken == 0:
+            if taken + words[index] <= budget or chosen < least:
                 documents["part"][index] = 0
                 taken += words[index]
+                chosen += 1
         order = [index for index in order if documents["part"][index] == 0]
-    share = section.validation_fraction
     if share == 1:
         documents["part"][order] = 1
     elif share > 0:
         if len(order) < 2:
-            raise UserError("a domain has a single document, so it cannot be in training and validation both: give its "
+            raise UserError(f"{name} has a single document, so it cannot be in training and validation both: give its "
                             "boundary as lines:N (corpus.boundaries), or set validation_fraction to 0 or 1")
         wanted, taken = share * words[order].sum(), 0
         for index in order[:-1]:
@@ -235,7 +255,8 @@ def write_part(target: Path, part: str, domains: dict) -> dict:
                     position += length + out.write(b"\n\n")
     index = np.array(rows, DOCUMENT)
     np.save(target / f"{part}_documents.npy", index)
-    return {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size, "documents": len(index),
+    return {"file": path.name, "sha256": file_sha256(path), "index_sha256": file_sha256(target / f"{part}_documents.npy"),
+            "bytes": path.stat().st_size, "documents": len(index),
             "words": int(index["words"].sum()), "domains": per_domain}
 
 

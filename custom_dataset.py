@@ -58,7 +58,10 @@ class TextPart:
         self.manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         self.domains: list[str] = self.manifest["domains"]
         self.sha256: str = self.manifest["parts"][part]["sha256"]
-        self.documents = np.load(self.folder / f"{part}_documents.npy")
+        index = self.folder / f"{part}_documents.npy"
+        if not index.is_file() or file_sha256(index) != self.manifest["parts"][part].get("index_sha256"):
+            raise DataError(f"{index} is missing or not the one that manifest.json describes: run combine_babylm.py again")
+        self.documents = np.load(index)
         if len(self.documents) == 0:
             raise DataError(f"{self.path} holds no documents: choose another corpus.validation_fraction and run "
                             f"combine_babylm.py again (it is {self.manifest['validation_fraction']} now)")
@@ -95,8 +98,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     splitter = json.loads(json.dumps(state.get("pre_tokenizer")), object_hook=lambda d: {k: v for k, v in d.items() if k != "trim_offsets"})
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges", [])]
+    added = [token for token in state.get("added_tokens", []) if not token["special"]]  # cut out of the text before all else
     content = [sorted(tokenizer.get_vocab().items()), merges, state["model"]["type"], state.get("normalizer"), splitter,
-               tokenizer.bos_token_id, tokenizer.eos_token_id]
+               tokenizer.bos_token_id, tokenizer.eos_token_id, *added]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -185,7 +189,7 @@ def _store_fault(folder: Path) -> str | None:
         return "missing"
     try:
         files = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "meta.json is missing or unreadable"
     for name, digest in files.items():
         if not (folder / name).is_file():

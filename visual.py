@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -74,6 +76,28 @@ def table(runs, limit=120) -> str:
     return "\n".join(text)
 
 
+def over_seeds(runs) -> list[str]:
+    """Mean and sample standard deviation of every model that was scored with several seeds.
+
+    Runs belong together by folder name, with or without the -s<seed> that the scripts suggest.
+    """
+    groups, lines = {}, []
+    for run in runs:
+        if run.scores is not None:
+            groups.setdefault(re.sub(r"-s\d+$", "", run.folder.name), []).append(run)
+    for name, group in groups.items():
+        parts = []
+        for title, digits, value in (("val CE", 3, lambda run: number(run.scores.get("ce"))),
+                                     ("perplexity", 1, lambda run: number(run.scores.get("perplexity"))),
+                                     ("pairs", 3, mean_accuracy), ("long", 3, lambda run: mean_accuracy(run, long_distance=True))):
+            values = [value(run) for run in group]
+            if len(values) > 1 and all(map(math.isfinite, values)):
+                parts.append(f"{title} {statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+        if parts:
+            lines.append(f"{name}, {len(group)} seeds: " + ", ".join(parts))
+    return lines
+
+
 def main(argv=None) -> int:
     # ------------------------------------------------------------ 1. read the command
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="For example: visual.py models/*")
@@ -116,7 +140,7 @@ def main(argv=None) -> int:
         print(final_numbers(run))
     if args.table:
         scores = any(run.scores is not None for run in kept)
-        print("\n" + table(kept) if scores else "no run has run/scores.json: no table")
+        print("\n" + table(kept) if scores else "no run has run/scores.json: no table", *over_seeds(kept), sep="\n")
     if not any(figures.values()):
         print("nothing to draw:", *(f"  {run.folder}: {'; '.join(run.problems) or 'no finite values'}" for run in runs),
               "A training stage writes run/metrics.jsonl: `python train_teacher.py`, `python train_baseline.py` or "

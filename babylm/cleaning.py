@@ -314,6 +314,7 @@ def find_boundary(path: Path, chunk_lines: int) -> str:
     inside = False
     with open(path, "rb") as stream:
         for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
+            line = line.removeprefix(b"\xef\xbb\xbf")
             headings += line.lstrip().startswith(b"= = = ") and _HEADING.fullmatch(line) is not None
             visible = bool(line.strip())
             breaks += visible and not inside

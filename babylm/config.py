@@ -45,7 +45,8 @@ WordCount = Annotated[int, BeforeValidator(parse_word_count), Field(ge=1)]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, numbers may be written `3e-4` (YAML alone reads that as text)."""
 
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, protected_namespaces=(),
+                              allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +68,7 @@ class Section(BaseModel):
 
 
 class CorpusSection(Section):
-    input: str = key("train_10M", "folder with one <domain>.train file per domain (also .dev, .test)")
+    input: str = key("train_10M", "folder with one <domain>.train file per domain (or only .dev files)", identity=False)
     output: str = key("corpus_split", "folder to write: text parts, manifest.json, tokenizer, token store", identity=False)
     demo_words: WordCount | None = key(None, "generate the embedded demo corpus of about this many words into `input`")
     demo_pairs: int = key(0, "demo corpus only: held-out minimal pairs per phenomenon, written to <output>/pairs", ge=0)
@@ -102,9 +103,9 @@ class TokenizerSection(Section):
 
 
 class DownloadSection(Section):
-    strict_small: str = key("BabyLM-community/BabyLM-2026-Strict-Small", "hub dataset of the 10M-word corpus")
-    strict: str = key("BabyLM-community/BabyLM-2026-Strict", "hub dataset of the 100M-word corpus")
-    revision: str = key("main", "branch, tag or commit of that dataset")
+    strict_small: str = key("BabyLM-community/BabyLM-2026-Strict-Small", "hub dataset of the 10M-word corpus", identity=False)
+    strict: str = key("BabyLM-community/BabyLM-2026-Strict", "hub dataset of the 100M-word corpus", identity=False)
+    revision: str = key("main", "branch, tag or commit of that dataset", identity=False)
 
 
 class CorpusConfig(Section):
@@ -115,6 +116,12 @@ class CorpusConfig(Section):
     corpus: CorpusSection = key(CorpusSection(), "the text")
     tokenizer: TokenizerSection = key(TokenizerSection(), "the vocabulary")
     download: DownloadSection = key(DownloadSection(), "where --download finds the published corpora", identity=False)
+
+    @model_validator(mode="after")
+    def a_tokenizer_needs_text(self) -> "CorpusConfig":
+        if self.corpus.validation_fraction == 1 and not self.tokenizer.path:
+            raise ValueError("corpus.validation_fraction 1 leaves no text to train a tokenizer on: give tokenizer.path")
+        return self
 
 
 # ---- Stages 2 to 4: one run of training -----------------------------------------------------------------------------
@@ -302,6 +309,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):  # {{ name }}: a template that nobody filled in
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
             if key_node.value in seen:
                 raise UserError(f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key "
                                   f"{key_node.value!r} stands twice in the same section")
@@ -316,6 +325,8 @@ def read_yaml(path: str | Path) -> dict:
             values = yaml.load(stream, Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -22,14 +22,16 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
     Raises:
         UserError: no network, no such repository, access refused, or the repository holds no .train files.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError: the base of all errors of its client
 
     repository = section.strict_small if which == "strict-small" else section.strict
     where = f"{repository} (revision {section.revision})"
     print(f"downloading {where} into {folder}", flush=True)
     try:
-        snapshot_download(repository, repo_type="dataset", revision=section.revision, local_dir=folder,
+        # The commit is asked for first: without a network, snapshot_download would pass off whatever lies in the folder.
+        commit = HfApi().dataset_info(repository, revision=section.revision).sha
+        snapshot_download(repository, repo_type="dataset", revision=commit, local_dir=folder,
                           allow_patterns=["*.train", "*.train.txt"])
     except RepositoryNotFoundError as error:
         raise UserError(f"the hub has no dataset {where}, or it needs a login (hf auth login): check download.* in the config") from error
@@ -38,7 +40,10 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
                         "arrived is kept: run the same command again, or put the .train files into the input folder yourself") from error
     for file in sorted(folder.rglob("*.train*")):  # some repositories keep them in a sub-folder, or add .txt
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            os.replace(file, folder / f"{file.name.removesuffix('.txt')}")
+            target = folder / file.name.removesuffix(".txt")
+            if target != file:  # a second name for the same bytes; the first one tells the next download that they are here
+                target.unlink(missing_ok=True)
+                os.link(file, target)
     if not list(folder.glob("*.train")):
         raise UserError(f"the hub dataset {where} holds no .train files: check download.* in the config")
 

@@ -6,8 +6,6 @@ import sys
 import traceback
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
-
 import pytest
 import torch
 import yaml
@@ -19,6 +17,7 @@ from babylm.run_folder import run_stage
 
 ROOT = Path(combine_babylm.__file__).parent
 torch.set_num_threads(1)
+os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # for child processes too
 
 
 def write_yaml_file(path, values):
@@ -88,6 +87,22 @@ def tokenizer(corpus):
     return models.load_tokenizer(corpus / "tokenizer")
 
 
+@pytest.fixture
+def make(tmp_path):
+    """make({"name.train": text or bytes}, "key=value", ..., <keys of the section corpus>) -> the folder that stage 1 wrote."""
+
+    def build(files, *overrides, **section):
+        raw, folder = tmp_path / "raw", tmp_path / "corpus"
+        raw.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (raw / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        section = {"input": str(raw), "output": str(folder), "clean": False, "validation_fraction": 0.0, **section}
+        run_stage_1(write_yaml_file(tmp_path / "corpus.yaml", {"seed": 3, "corpus": section, "tokenizer": {"vocab_size": 300}}), *overrides)
+        return folder
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def shared():
     """A folder of real data that is not part of the repository; tests that need it are skipped without it."""
@@ -109,19 +124,19 @@ def in_child(tmp_path):
         if child == 0:
             code = 70
             try:
-                for number, path in ((1, out), (2, err)):
-                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                run_stage(function)
-                code = 0
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                traceback.print_exc()
+                with open(out, "w") as stdout, open(err, "w") as stderr:
+                    os.dup2(stdout.fileno(), 1)
+                    os.dup2(stderr.fileno(), 2)
+                    sys.stdout, sys.stderr = stdout, stderr
+                    try:
+                        run_stage(function)
+                        code = 0
+                    except SystemExit as end:
+                        code = end.code
+                    except BaseException:
+                        traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+                os._exit(code)  # a child never goes on with the tests
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return subprocess.CompletedProcess("child", code, out.read_text(), err.read_text())
 
