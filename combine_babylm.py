@@ -8,23 +8,17 @@ Command  python combine_babylm.py --input train_10M --output corpus_split
 Expect   10M words in about a minute on two cores; memory does not grow with the corpus
 """
 
-import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from babylm import cleaning, demo_corpus, hub, models
+from babylm import cleaning, corpus, demo_corpus, hub, models
 from babylm.config import CorpusConfig, CorpusSection, UserError, content_hash, identity, load
 from babylm.run_folder import run_stage, write_json
-from custom_dataset import DOCUMENT, file_sha256, open_store, tokenizer_fingerprint
-
-RAW = np.dtype([("start", "<i8"), ("stop", "<i8"), ("words", "<i8"), ("hash", "<u8"), ("part", "i1")])  # part: 0 train, 1 val, -1 unused
-PARTS = ("train", "val")
-LONG_LINE_WORDS = 10  # shorter lines ("yeah .") repeat in any corpus; longer ones in both parts hint at a leak
+from custom_dataset import file_sha256, open_store, tokenizer_fingerprint
 
 
 def main() -> None:
@@ -55,47 +49,42 @@ def main() -> None:
     if _is_done(target, mine, config.fresh):
         print(f"{target} already holds this corpus: nothing to do")
     else:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".", suffix=".tmp") as scratch_folder:  # gone, however it ends
-            # ---- 3. Clean every file into documents, and draw the validation part by document within it -----------------
-            domains = {}
+        with tempfile.TemporaryDirectory(dir=target, prefix=".", suffix=".tmp") as scratch:  # gone, however it ends
+            # ---- 3. Clean every file into documents, and draw the validation part by document within it -------------
+            domains, all_bytes = [], sum(file.stat().st_size for file in files)
             for number, file in enumerate(files):
-                scratch = Path(scratch_folder) / f"{file.stem}.clean"
-                documents, report = clean(file, scratch, section, rules[file.stem])
-                assign_parts(file.name, documents, section, sum(f.stat().st_size for f in files), file.stat().st_size,
-                             [config.seed, number])
-                domains[file.stem] = (scratch, documents, report)
-                used = documents["words"][documents["part"] >= 0].sum()
-                print(f"{file.name:<24} {report['words']:>12,} words  {len(documents):>7,} documents ({report['boundary']})  "
-                      f"{used:>12,} used  {documents['words'][documents['part'] == 1].sum():>10,} for validation", flush=True)
+                domain = corpus.clean(file, Path(scratch, file.stem), section, rules[file.stem])
+                corpus.assign_parts(domain, section, file.stat().st_size / all_bytes, [config.seed, number])
+                domains.append(domain)
+                _say(file, domain)
 
-            # ---- 4. Write the two parts, the tokenizer and the manifest ---------------------------------------------------
-            duplicates = find_duplicates(domains, section.drop_duplicates)
-            parts = {part: write_part(target, part, domains) for part in PARTS}
+            # ---- 4. Write the two parts, the tokenizer and the manifest ---------------------------------------------
+            duplicates = corpus.find_duplicates(domains, section.drop_duplicates)
+            parts = {part: corpus.write_part(target, part, domains) for part in corpus.PARTS}
             trained_on = 0
             if tokenizer is None:
                 print(f"training a tokenizer of {config.tokenizer.vocab_size:,} entries on the training text", flush=True)
-                tokenizer = models.train_tokenizer(_texts(target, "train", parts), config.tokenizer.vocab_size,
-                                                   config.tokenizer.min_frequency)
+                texts = (text.decode("utf-8") for domain in domains for text in domain.texts(0))
+                tokenizer = models.train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.min_frequency)
                 trained_on = parts["train"]["words"]
-            (target / "tokenizer").mkdir(exist_ok=True)
-            models.save_tokenizer(tokenizer, target / "tokenizer")
-            write_json(target / "manifest.json", {
-                "identity": mine, "identity_hash": content_hash(mine), "seed": config.seed,
-                "validation_fraction": section.validation_fraction, "domains": list(domains), "parts": parts, "duplicates": duplicates,
-                "files": {name: report for name, (_, _, report) in domains.items()},
-                "tokenizer": {"source": config.tokenizer.path or "trained here", "entries": len(tokenizer),
-                              "trained_on_words": trained_on, "fingerprint": tokenizer_fingerprint(tokenizer),
-                              "sha256": file_sha256(target / "tokenizer" / "tokenizer.json")}})
-            shared = (f"{duplicates['documents']:,} documents and {duplicates['long_lines']:,} long lines of validation also stand in "
-                      "training")
-            print(f"{target}: {parts['train']['words']:,} words for training, {parts['val']['words']:,} for validation; {shared}"
-                  f"{' and were left out of it' if duplicates['dropped_from_train'] else ''}", flush=True)
+        (target / "tokenizer").mkdir(exist_ok=True)
+        models.save_tokenizer(tokenizer, target / "tokenizer")
+        write_json(target / "manifest.json", {  # last: a folder without it is no corpus
+            "identity": mine, "identity_hash": content_hash(mine), "seed": config.seed,
+            "validation_fraction": section.validation_fraction, "domains": [domain.name for domain in domains], "parts": parts,
+            "duplicates": duplicates, "files": {domain.name: domain.report for domain in domains},
+            "tokenizer": {"source": config.tokenizer.path or "trained here", "entries": len(tokenizer),
+                          "trained_on_words": trained_on, "fingerprint": tokenizer_fingerprint(tokenizer),
+                          "sha256": file_sha256(target / "tokenizer" / "tokenizer.json")}})
+        print(f"{target}: {parts['train']['words']:,} words for training, {parts['val']['words']:,} for validation; "
+              f"{duplicates['documents']:,} documents and {duplicates['long_lines']:,} long lines of validation also stand in training"
+              f"{' and were left out of it' if duplicates['dropped_from_train'] else ''}", flush=True)
     if section.demo_words and section.demo_pairs:
         demo_corpus.write_minimal_pairs(target / "pairs", config.seed, section.demo_pairs)
 
     # ---- 5. Build the token store, so that later stages start at once ------------------------------------------------
     tokenizer = models.load_tokenizer(target / "tokenizer")
-    for part in PARTS:
+    for part in corpus.PARTS:
         if len(np.load(target / f"{part}_documents.npy")):
             open_store(target, part, tokenizer)
 
@@ -111,6 +100,12 @@ def _write_demo(folder: Path, words: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
     demo_corpus.write_corpus(folder, words, seed)
+
+
+def _say(file: Path, domain: corpus.Domain) -> None:
+    words, part = domain.documents["words"], domain.documents["part"]
+    print(f"{file.name:<24} {words.sum():>12,} words  {len(words):>7,} documents ({domain.report['boundary']})  "
+          f"{words[part >= 0].sum():>12,} used  {words[part == 1].sum():>10,} for validation", flush=True)
 
 
 def _rules(domain: str, section: CorpusSection) -> tuple[str, ...]:
@@ -154,118 +149,7 @@ def _is_done(target: Path, mine: dict, fresh: bool) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in ("tokenizer", "tokens", "pairs") or name.startswith(".") or any(name.startswith(f"{part}_") for part in PARTS)
-
-
-def clean(file: Path, scratch: Path, section: CorpusSection, rules: tuple[str, ...]) -> tuple[np.ndarray, dict]:
-    """Stream a raw file into `scratch` as clean documents; return their byte ranges [D] and a report for the manifest."""
-    boundary = section.boundaries.get(file.stem, section.boundaries.get("default", "auto"))
-    if boundary == "auto":
-        boundary = cleaning.find_boundary(file, section.chunk_lines)
-    cleaner, counts, rows, position = cleaning.Cleaner(rules), Counter(), [], 0
-    lines = cleaning.decoded_lines(file, section.encoding_errors, counts)
-    with open(scratch, "wb") as stream:
-        for text, words in cleaning.documents(lines, boundary, cleaner, section.max_document_words, counts):
-            data = text.encode("utf-8")
-            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-            rows.append((position, position + len(data), words, digest, 0))
-            position += stream.write(data)
-    documents = np.array(rows, RAW)
-    if len(documents) == 0:
-        raise UserError(f"{file} holds no text (after cleaning): remove it, or change corpus.cleaning")
-    report = {"sha256": file_sha256(file), "bytes": file.stat().st_size, "boundary": boundary, "documents": len(documents),
-              "words": int(documents["words"].sum()), "rules": cleaner.counts, **counts}
-    return documents, report
-
-
-def assign_parts(name: str, documents: np.ndarray, section: CorpusSection, all_bytes: int, file_bytes: int, seed: list[int]) -> None:
-    """Set `part` of every document of one domain, in place: drawn in seeded order until the share of words is reached.
-
-    Every domain gives at least one document to validation and keeps one for training, unless the share is 0 or 1.
-    """
-    order = np.random.default_rng(seed).permutation(len(documents))
-    words = documents["words"]
-    share = section.validation_fraction
-    least = 2 if 0 < share < 1 else 1  # documents that a domain needs, however small its budget
-    if section.max_words:
-        budget, taken, chosen = section.max_words * file_bytes / all_bytes, 0, 0
-        documents["part"] = -1
-        for index in order:
-            if taken + words[index] <= budget or chosen < least:
-                documents["part"][index] = 0
-                taken += words[index]
-                chosen += 1
-        order = [index for index in order if documents["part"][index] == 0]
-    if share == 1:
-        documents["part"][order] = 1
-    elif share > 0:
-        if len(order) < 2:
-            raise UserError(f"{name} has a single document, so it cannot be in training and validation both: give its "
-                            "boundary as lines:N (corpus.boundaries), or set validation_fraction to 0 or 1")
-        wanted, taken = share * words[order].sum(), 0
-        for index in order[:-1]:
-            if taken >= wanted:
-                break
-            # a long document that would overshoot by more than it fills is passed over, once there is another one
-            if taken == 0 or taken + words[index] - wanted <= wanted - taken:
-                documents["part"][index] = 1
-                taken += words[index]
-
-
-def find_duplicates(domains: dict, drop: bool) -> dict[str, int]:
-    """Count validation documents, and long validation lines, that also stand in training; `drop` takes such documents out."""
-    everything = np.concatenate([documents for _, documents, _ in domains.values()])
-    held_out = np.unique(everything["hash"][everything["part"] == 1])
-    shared = np.intersect1d(held_out, everything["hash"][everything["part"] == 0])
-    dropped = 0
-    if drop:
-        for _, documents, _ in domains.values():
-            again = (documents["part"] == 0) & np.isin(documents["hash"], shared)
-            documents["part"][again] = -1
-            dropped += int(again.sum())
-    lines = {hash(line) for line in _long_lines(domains, 1)}
-    repeated = {hashed for line in _long_lines(domains, 0) if (hashed := hash(line)) in lines}
-    return {"documents": len(shared), "long_lines": len(repeated), "long_lines_in_validation": len(lines), "dropped_from_train": dropped}
-
-
-def _long_lines(domains: dict, part: int):
-    for scratch, documents, _ in domains.values():
-        with open(scratch, "rb") as stream:
-            for document in documents[documents["part"] == part]:
-                stream.seek(document["start"])
-                for line in stream.read(document["stop"] - document["start"]).split(b"\n"):
-                    if line.count(b" ") >= LONG_LINE_WORDS - 1:
-                        yield line
-
-
-def write_part(target: Path, part: str, domains: dict) -> dict:
-    """Write <part>_babylm.txt (documents separated by a blank line) and <part>_documents.npy; return the manifest's entry."""
-    rows, position, per_domain = [], 0, {}
-    path = target / f"{part}_babylm.txt"
-    with open(path, "wb") as out:
-        for number, (name, (scratch, documents, _)) in enumerate(domains.items()):
-            chosen = documents[documents["part"] == PARTS.index(part)]
-            per_domain[name] = {"documents": len(chosen), "words": int(chosen["words"].sum()),
-                                "bytes": int((chosen["stop"] - chosen["start"]).sum())}
-            with open(scratch, "rb") as stream:
-                for document in chosen:
-                    stream.seek(document["start"])
-                    length = out.write(stream.read(document["stop"] - document["start"]))
-                    rows.append((position, position + length, document["words"], number))
-                    position += length + out.write(b"\n\n")
-    index = np.array(rows, DOCUMENT)
-    np.save(target / f"{part}_documents.npy", index)
-    return {"file": path.name, "sha256": file_sha256(path), "index_sha256": file_sha256(target / f"{part}_documents.npy"),
-            "bytes": path.stat().st_size, "documents": len(index),
-            "words": int(index["words"].sum()), "domains": per_domain}
-
-
-def _texts(target: Path, part: str, parts: dict):
-    """The texts of a part, one at a time, before there is a manifest."""
-    with open(target / parts[part]["file"], "rb") as stream:
-        for document in np.load(target / f"{part}_documents.npy"):
-            stream.seek(document["start"])
-            yield stream.read(document["stop"] - document["start"]).decode("utf-8")
+    return name in ("tokenizer", "tokens", "pairs") or name.startswith(".") or any(name.startswith(f"{part}_") for part in corpus.PARTS)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ import difflib
 import html
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html.entities import html5
-from pathlib import Path, PurePath
-
-from custom_dataset import DataError
+from pathlib import PurePath
 
 
 @dataclass(frozen=True)
@@ -299,105 +297,3 @@ class Cleaner:
         for name in changed:
             self.counts[name]["changed"] += 1
         return text
-
-
-# ---- From a raw file to clean documents ------------------------------------------------------------------------------
-
-LONGEST_LINE = 1 << 22  # bytes; a longer line is cut at a space, so that no file can fill the memory
-_HEADING = re.compile(rb"\s*= = = .* = = =\s*")
-
-
-def find_boundary(path: Path, chunk_lines: int) -> str:
-    """What separates documents in a raw file: "heading" (`= = = Title = = =`), "blank" lines, or "lines:<chunk_lines>"
-    where the file marks nothing. A mark has to stand between two documents at least, or it separates nothing."""
-    headings = breaks = 0
-    inside = False
-    with open(path, "rb") as stream:
-        for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            headings += line.lstrip().startswith(b"= = = ") and _HEADING.fullmatch(line) is not None
-            visible = bool(line.strip())
-            breaks += visible and not inside
-            inside = visible
-    return "heading" if headings >= 2 else "blank" if breaks >= 2 else f"lines:{chunk_lines}"
-
-
-def decoded_lines(path: Path, errors: str, counts: dict[str, int]) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends; Windows line ends and a byte-order mark are removed and counted.
-
-    Raises:
-        DataError: bytes that are not UTF-8, with file and byte offset, where `errors` is "strict".
-    """
-    position, rest = 0, b""
-    with open(path, "rb") as stream:
-        for raw in iter(lambda: stream.readline(LONGEST_LINE), b""):
-            raw, rest = rest + raw, b""
-            if len(raw) >= LONGEST_LINE and not raw.endswith(b"\n"):
-                cut = raw.rfind(b" ") + 1
-                if not cut:  # no space at all: step back over the bytes that continue a character
-                    cut = len(raw) - 1
-                    while cut > 1 and raw[cut] & 0xC0 == 0x80:
-                        cut -= 1
-                raw, rest = raw[:cut], raw[cut:]
-                counts["long_lines_cut"] += 1
-            yield _decode(raw, path, position, errors, counts)
-            position += len(raw)
-    if rest:
-        yield _decode(rest, path, position, errors, counts)
-
-
-def _decode(raw: bytes, path: Path, position: int, errors: str, counts: dict[str, int]) -> str:
-    try:
-        line = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if errors == "strict":
-            raise DataError(f"{path}: byte {raw[error.start]:#04x} at offset {position + error.start:,} is not UTF-8; convert the file, "
-                            "or set corpus.encoding_errors to replace or ignore") from None
-        counts["undecodable_lines"] += 1
-        line = raw.decode("utf-8", errors)
-    if position == 0 and line.startswith("\ufeff"):
-        line = line[1:]
-        counts["byte_order_marks"] += 1
-    if line.endswith("\r\n"):
-        counts["windows_line_ends"] += 1
-    return line.rstrip("\r\n")
-
-
-def documents(lines: Iterator[str], boundary: str, cleaner: Cleaner, max_words: int, counts: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Group lines into clean documents and yield (text, words) of each.
-
-    Lines of a document are joined by line breaks; blank lines inside it (paragraphs, where blank lines are not the
-    boundary) survive as one. A document of more than `max_words` words is cut at a line end.
-    """
-    chunk = int(boundary.split(":")[1]) if boundary.startswith("lines:") else 0
-    held: list[str] = []
-    words = raw_lines = 0
-
-    def flush() -> Iterator[tuple[str, int]]:
-        nonlocal words, raw_lines
-        text = "\n".join(held).strip("\n")
-        if text:
-            yield text, words
-        held.clear()
-        words = raw_lines = 0
-
-    for line in lines:
-        if not line.strip():
-            if boundary == "blank":
-                yield from flush()
-            elif held and held[-1]:
-                held.append("")
-            continue
-        if boundary == "heading" and _HEADING.fullmatch(line.encode()) or chunk and raw_lines == chunk:
-            yield from flush()
-        raw_lines += 1
-        cleaned = cleaner.line(line)
-        if cleaned is None:
-            continue
-        count = len(cleaned.split())
-        if held and words + count > max_words:
-            counts["long_documents_cut"] += 1
-            yield from flush()
-        held.append(cleaned)
-        words += count
-    yield from flush()

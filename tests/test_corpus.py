@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import combine_babylm
-from babylm import cleaning, models
+from babylm import corpus as raw_text
+from babylm import models
 from babylm.config import UserError
 from custom_dataset import DataError, TextPart
 
@@ -472,14 +473,14 @@ def test_a_line_longer_than_memory_allows_loses_nothing(tmp_path, text, limit):
     path, counts = tmp_path / "long.train", Counter()
     path.write_bytes(text.encode("utf-8"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cleaning, "LONGEST_LINE", limit)
-        pieces = list(cleaning.decoded_lines(path, "strict", counts))
+        patch.setattr(raw_text, "LONGEST_LINE", limit)
+        pieces = list(raw_text.decoded_lines(path, "strict", counts))
     assert "".join(pieces) == text and len(pieces) == counts["long_lines_cut"] + 1
     assert all(len(piece.encode()) < 2 * limit for piece in pieces)
 
 
 def test_a_long_line_is_cut_between_words(make, monkeypatch):
-    monkeypatch.setattr(cleaning, "LONGEST_LINE", 64)
+    monkeypatch.setattr(raw_text, "LONGEST_LINE", 64)
     line = " ".join(f"wörd{number}" for number in range(100))
     (text,) = texts(make({"qed.train": line}, chunk_lines=1000), "train")
     assert text.split() == line.split()

@@ -238,7 +238,6 @@ EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGKILL: -9}
 @pytest.mark.parametrize("script, signals", [
     ("train_baseline", [signal.SIGTERM]),
     ("train_baseline", [signal.SIGUSR1, signal.SIGKILL]),
-    ("train_baseline", [signal.SIGKILL]),
     ("train_student", [signal.SIGKILL, signal.SIGTERM]),
 ], ids=lambda value: "-".join(s.name for s in value) if isinstance(value, list) else value)
 def test_a_stopped_run_ends_as_an_uninterrupted_one(script, signals, reference, stop_after, stage, home):
@@ -367,6 +366,18 @@ def test_resume_path_takes_another_checkpoint(stopped, stage, reference, capsys)
     older, _ = checkpoints(stopped)
     stage("train_student", stopped.name, "--resume_path", str(older))
     assert f"resuming from {older}" in capsys.readouterr().out
+    require_same_run(stopped, reference("train_student"))
+
+
+def test_a_run_that_went_back_to_an_older_checkpoint_loses_no_rows_when_it_is_stopped_again(stopped, launch, stage, reference):
+    """Stopped before its first new checkpoint: the newer one of the old attempt lies beyond the rows that are left."""
+    older, _ = checkpoints(stopped)
+    child = launch("train_student", stopped.name, f"resume_path={older}")
+    while "resuming from" not in child.output() and child.poll() is None:
+        time.sleep(0.002)
+    child.kill(signal.SIGKILL)
+    assert child.wait() == -9, child.output()
+    stage("train_student", stopped.name)
     require_same_run(stopped, reference("train_student"))
 
 

@@ -1,0 +1,248 @@
+"""From raw files to the two parts of a corpus: reading, document boundaries, the split by document, duplicates, writing.
+
+Text is streamed. What stays in memory is one small row per document, and a hash per long line of the validation part.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from babylm.cleaning import Cleaner
+from babylm.config import CorpusSection, UserError
+from custom_dataset import DOCUMENT, DataError, file_sha256
+
+PARTS = ("train", "val")
+# part: an index into PARTS, or -1 for a document that is not used
+CLEAN = np.dtype([("start", "<i8"), ("stop", "<i8"), ("words", "<i8"), ("hash", "<u8"), ("part", "i1")])
+LONG_LINE_WORDS = 10  # shorter lines ("yeah .") repeat in any corpus; longer ones in both parts hint at a leak
+
+
+# ---- Reading a raw file ---------------------------------------------------------------------------------------------
+
+LONGEST_LINE = 1 << 22  # bytes; a longer line is cut at a space, so that no file can fill the memory
+_HEADING = re.compile(rb"\s*= = = .* = = =\s*")
+
+
+def find_boundary(path: Path, chunk_lines: int) -> str:
+    """What separates documents in a raw file: "heading" (`= = = Title = = =`), "blank" lines, or "lines:<chunk_lines>"
+    where the file marks nothing. A mark has to stand between two documents at least, or it separates nothing."""
+    headings = breaks = 0
+    inside = False
+    with open(path, "rb") as stream:
+        for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            headings += line.lstrip().startswith(b"= = = ") and _HEADING.fullmatch(line) is not None
+            visible = bool(line.strip())
+            breaks += visible and not inside
+            inside = visible
+    return "heading" if headings >= 2 else "blank" if breaks >= 2 else f"lines:{chunk_lines}"
+
+
+def decoded_lines(path: Path, errors: str, counts: dict[str, int]) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends; Windows line ends and a byte-order mark are removed and counted.
+
+    Raises:
+        DataError: bytes that are not UTF-8, with file and byte offset, where `errors` is "strict".
+    """
+    position, rest = 0, b""
+    with open(path, "rb") as stream:
+        for raw in iter(lambda: stream.readline(LONGEST_LINE), b""):
+            raw, rest = rest + raw, b""
+            if len(raw) >= LONGEST_LINE and not raw.endswith(b"\n"):
+                cut = raw.rfind(b" ") + 1
+                if not cut:  # no space at all: step back over the bytes that continue a character
+                    cut = len(raw) - 1
+                    while cut > 1 and raw[cut] & 0xC0 == 0x80:
+                        cut -= 1
+                raw, rest = raw[:cut], raw[cut:]
+                counts["long_lines_cut"] += 1
+            yield _decode(raw, path, position, errors, counts)
+            position += len(raw)
+    if rest:
+        yield _decode(rest, path, position, errors, counts)
+
+
+def _decode(raw: bytes, path: Path, position: int, errors: str, counts: dict[str, int]) -> str:
+    try:
+        line = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if errors == "strict":
+            raise DataError(f"{path}: byte {raw[error.start]:#04x} at offset {position + error.start:,} is not UTF-8; convert the file, "
+                            "or set corpus.encoding_errors to replace or ignore") from None
+        counts["undecodable_lines"] += 1
+        line = raw.decode("utf-8", errors)
+    if position == 0 and line.startswith("\ufeff"):
+        line = line[1:]
+        counts["byte_order_marks"] += 1
+    if line.endswith("\r\n"):
+        counts["windows_line_ends"] += 1
+    return line.rstrip("\r\n")
+
+
+def documents(lines: Iterator[str], boundary: str, cleaner: Cleaner, max_words: int, counts: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Group lines into clean documents and yield (text, words) of each.
+
+    Lines of a document are joined by line breaks; blank lines inside it (paragraphs, where blank lines are not the
+    boundary) survive as one. A document of more than `max_words` words is cut at a line end.
+    """
+    chunk = int(boundary.split(":")[1]) if boundary.startswith("lines:") else 0
+    held: list[str] = []
+    words = raw_lines = 0
+
+    def flush() -> Iterator[tuple[str, int]]:
+        nonlocal words, raw_lines
+        text = "\n".join(held).strip("\n")
+        if text:
+            yield text, words
+        held.clear()
+        words = raw_lines = 0
+
+    for line in lines:
+        if not line.strip():
+            if boundary == "blank":
+                yield from flush()
+            elif held and held[-1]:
+                held.append("")
+            continue
+        if boundary == "heading" and _HEADING.fullmatch(line.encode()) or chunk and raw_lines == chunk:
+            yield from flush()
+        raw_lines += 1
+        cleaned = cleaner.line(line)
+        if cleaned is None:
+            continue
+        count = len(cleaned.split())
+        if held and words + count > max_words:
+            counts["long_documents_cut"] += 1
+            yield from flush()
+        held.append(cleaned)
+        words += count
+    yield from flush()
+
+
+# ---- From files to parts --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Domain:
+    """One raw file on its way into the corpus.
+
+    Attributes:
+        name: the domain, the file's stem.
+        scratch: its clean documents, one after the other.
+        documents: [D] structured array CLEAN: byte range in `scratch`, words, content hash, and the part it is drawn for.
+        report: what the manifest says of the file.
+    """
+
+    name: str
+    scratch: Path
+    documents: np.ndarray
+    report: dict[str, Any]
+
+    def texts(self, part: int) -> Iterator[bytes]:
+        """The documents drawn for a part (an index into PARTS), as UTF-8, one at a time."""
+        with open(self.scratch, "rb") as stream:
+            for document in self.documents[self.documents["part"] == part]:
+                stream.seek(document["start"])
+                yield stream.read(document["stop"] - document["start"])
+
+
+def clean(file: Path, scratch: Path, section: CorpusSection, rules: tuple[str, ...]) -> Domain:
+    """Stream a raw file into `scratch` as clean documents."""
+    boundary = section.boundaries.get(file.stem, section.boundaries.get("default", "auto"))
+    if boundary == "auto":
+        boundary = find_boundary(file, section.chunk_lines)
+    cleaner, counts, rows, position = Cleaner(rules), Counter(), [], 0
+    lines = decoded_lines(file, section.encoding_errors, counts)
+    with open(scratch, "wb") as stream:
+        for text, words in documents(lines, boundary, cleaner, section.max_document_words, counts):
+            data = text.encode("utf-8")
+            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+            rows.append((position, position + len(data), words, digest, 0))
+            position += stream.write(data)
+    table = np.array(rows, CLEAN)
+    if len(table) == 0:
+        raise UserError(f"{file} holds no text (after cleaning): remove it, or change corpus.cleaning")
+    report = {"sha256": file_sha256(file), "bytes": file.stat().st_size, "boundary": boundary, "documents": len(table),
+              "words": int(table["words"].sum()), "rules": cleaner.counts, **counts}
+    return Domain(file.stem, scratch, table, report)
+
+
+def assign_parts(domain: Domain, section: CorpusSection, share_of_text: float, seed: list[int]) -> None:
+    """Draw every document of a domain for training, validation or (beyond corpus.max_words) neither.
+
+    Documents are taken in seeded order until the share of words is reached. Every domain gives at least one document to
+    validation and keeps one for training, unless the share is 0 or 1.
+    """
+    order = np.random.default_rng(seed).permutation(len(domain.documents))
+    words, part = domain.documents["words"], domain.documents["part"]
+    share = section.validation_fraction
+    least = 2 if 0 < share < 1 else 1  # documents that a domain needs, however small its budget
+    if section.max_words:
+        budget, taken, chosen = section.max_words * share_of_text, 0, 0
+        part[:] = -1
+        for index in order:
+            if taken + words[index] <= budget or chosen < least:
+                part[index] = 0
+                taken += words[index]
+                chosen += 1
+        order = [index for index in order if part[index] == 0]
+    if share == 1:
+        part[order] = 1
+    elif share > 0:
+        if len(order) < 2:
+            raise UserError(f"{domain.name} has a single document, so it cannot be in training and validation both: give its "
+                            "boundary as lines:N (corpus.boundaries), or set validation_fraction to 0 or 1")
+        wanted, taken = share * words[order].sum(), 0
+        for index in order[:-1]:
+            if taken >= wanted:
+                break
+            # a long document that would overshoot by more than it fills is passed over, once there is another one
+            if taken == 0 or taken + words[index] - wanted <= wanted - taken:
+                part[index] = 1
+                taken += words[index]
+
+
+def find_duplicates(domains: list[Domain], drop: bool) -> dict[str, int]:
+    """Count validation documents, and long validation lines, that also stand in training; `drop` takes such documents out."""
+    everything = np.concatenate([domain.documents for domain in domains])
+    held_out = np.unique(everything["hash"][everything["part"] == 1])
+    shared = np.intersect1d(held_out, everything["hash"][everything["part"] == 0])
+    dropped = 0
+    if drop:
+        for domain in domains:
+            again = (domain.documents["part"] == 0) & np.isin(domain.documents["hash"], shared)
+            domain.documents["part"][again] = -1
+            dropped += int(again.sum())
+    lines = {hash(line) for line in _long_lines(domains, 1)}
+    repeated = {hashed for line in _long_lines(domains, 0) if (hashed := hash(line)) in lines}
+    return {"documents": len(shared), "long_lines": len(repeated), "long_lines_in_validation": len(lines), "dropped_from_train": dropped}
+
+
+def _long_lines(domains: list[Domain], part: int) -> Iterator[bytes]:
+    for domain in domains:
+        for text in domain.texts(part):
+            yield from (line for line in text.split(b"\n") if line.count(b" ") >= LONG_LINE_WORDS - 1)
+
+
+def write_part(target: Path, part: str, domains: list[Domain]) -> dict[str, Any]:
+    """Write <part>_babylm.txt (documents separated by a blank line) and <part>_documents.npy; return the manifest's entry."""
+    rows, position, per_domain = [], 0, {}
+    path, index_path = target / f"{part}_babylm.txt", target / f"{part}_documents.npy"
+    with open(path, "wb") as out:
+        for number, domain in enumerate(domains):
+            chosen = domain.documents[domain.documents["part"] == PARTS.index(part)]
+            per_domain[domain.name] = {"documents": len(chosen), "words": int(chosen["words"].sum()),
+                                       "bytes": int((chosen["stop"] - chosen["start"]).sum())}
+            for words, text in zip(chosen["words"], domain.texts(PARTS.index(part)), strict=True):
+                rows.append((position, position + len(text), words, number))
+                position += out.write(text) + out.write(b"\n\n")
+    index = np.array(rows, DOCUMENT)
+    np.save(index_path, index)
+    return {"file": path.name, "sha256": file_sha256(path), "index_sha256": file_sha256(index_path), "bytes": path.stat().st_size,
+            "documents": len(index), "words": int(index["words"].sum()), "domains": per_domain}
