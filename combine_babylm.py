@@ -11,6 +11,7 @@ Expect   10M words in about a minute on two cores; memory does not grow with the
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def main() -> None:
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file} is empty: remove it, or fetch it again")
-    rules = {file.stem: _rules(file.stem, section) for file in files}
+    rules = _rules(files, section)
     tokenizer = models.load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
 
     # ---- 2. Open the output folder ----------------------------------------------------------------------------------
@@ -108,11 +109,22 @@ def _say(file: Path, domain: corpus.Domain) -> None:
           f"{words[part >= 0].sum():>12,} used  {words[part == 1].sum():>10,} for validation", flush=True)
 
 
-def _rules(domain: str, section: CorpusSection) -> tuple[str, ...]:
+def _rules(files: list[Path], section: CorpusSection) -> dict[str, tuple[str, ...]]:
+    """The cleaning rules of every file; UserError for a rule or a domain in the config that does not exist."""
+    known = {"default", *(cleaning.domain_of(file.name) for file in files), *(file.stem for file in files)}
+    for name, keys in (("boundaries", section.boundaries), ("cleaning", section.cleaning)):
+        if unknown := set(keys) - known:
+            raise UserError(f"corpus.{name}: there is no file for {', '.join(sorted(unknown))}; the files are "
+                            f"{', '.join(file.name for file in files)}")
     try:
-        return cleaning.rules_for(domain, section.cleaning) if section.clean else ()
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            rules = {file.stem: cleaning.rules_for(file.stem, section.cleaning) if section.clean else () for file in files}
     except ValueError as error:
         raise UserError(f"corpus.cleaning: {error}") from None
+    for note in notes:
+        print(f"note: {note.message}", flush=True)
+    return rules
 
 
 def _is_done(target: Path, mine: dict, fresh: bool) -> bool:

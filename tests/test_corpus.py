@@ -75,9 +75,16 @@ def test_the_dev_set_is_left_alone_where_there_are_train_files(make):
     assert manifest(make({"qed.dev": tales(1, 2), "cbt.train": tales(3, 4)}))["domains"] == ["cbt"]
 
 
-def test_a_domain_without_rules_is_pointed_out(make):
-    with pytest.warns(UserWarning, match="chilldes.*did you mean 'childes'"):
-        make({"chilldes.train": tales(1, 2)}, clean=True)
+def test_a_domain_without_rules_is_pointed_out(make, capsys):
+    make({"chilldes.train": tales(1, 2)}, clean=True)
+    assert "note: no cleaning rules are meant for the domain 'chilldes'" in (said := capsys.readouterr().out)
+    assert "did you mean 'childes'" in said
+
+
+@pytest.mark.parametrize("section", [{"boundaries": {"chides": "blank"}}, {"cleaning": {"chides": ["collapse_spaces"]}}])
+def test_settings_for_a_domain_that_is_not_there_are_refused(make, section):
+    with pytest.raises(UserError, match=r"there is no file for chides; the files are childes\.train"):
+        make({"childes.train": tales(1, 2)}, **section)
 
 
 def test_a_domain_is_cleaned_by_its_own_rules(make):
