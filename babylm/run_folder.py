@@ -110,6 +110,7 @@ class RunFolder:
         self.root = Path(config.output) / config.name
         self.run = self.root / "run"
         self.metrics = self.run / "metrics.jsonl"
+        self.resume_from: Path | None = None  # set by whoever opened the run
 
     # -- before training
 

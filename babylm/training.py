@@ -224,7 +224,6 @@ class Progress:
     seconds: float = 0.0  # of training before this process
     best_ce: float | None = None
     best_step: int | None = None
-    last_eval: dict[str, Any] | None = None
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
     micro_steps: int = 0
 
@@ -324,7 +323,6 @@ class DistillTrainer(Trainer):
         row = self.evaluate()
         self.control.should_evaluate = False  # done for this step: the end of an epoch asks once more
         self._window_began += time.monotonic() - began  # validation is not part of the training speed
-        self.progress.last_eval = {"step": self.state.global_step, **row}
         self.folder.append_metrics({"kind": "eval", **self._where(), **row})
         self._say(f"  validation at step {self.state.global_step:,}: " + self._show(row))
         if self.progress.best_ce is None or row["ce"] < self.progress.best_ce:
