@@ -2,8 +2,8 @@
 # The whole pipeline in minutes on two CPU cores: an embedded corpus, a teacher, a baseline, a distilled student, a table
 # and figures.
 #
-#   bash demo.sh [--seed N]
-#   bash demo.sh --install        only make .venv and install requirements.txt
+#   bash demo.sh [--seed N] [key=value ...]     keys of configs/demo/, e.g. training.steps=100 corpus.demo_words=50K
+#   bash demo.sh --install                      only make .venv and install requirements.txt
 #
 # Reads nothing but this repository; writes .venv/, data/, models/ and figures/. A second call skips what is finished.
 set -euo pipefail
@@ -11,11 +11,15 @@ cd "$(dirname "$0")"
 
 seed=1
 only_install=
+corpus_keys=()
+training_keys=()
 while (($#)); do
   case $1 in
     --seed) seed=${2:?--seed needs a number}; shift 2 ;;
     --install) only_install=yes; shift ;;
-    *) echo "usage: bash demo.sh [--seed N | --install]" >&2; exit 2 ;;
+    corpus.*=* | tokenizer.*=*) corpus_keys+=("$1"); shift ;;
+    *=*) training_keys+=("$1"); shift ;;
+    *) echo "usage: bash demo.sh [--seed N | --install] [key=value ...]" >&2; exit 2 ;;
   esac
 done
 
@@ -43,11 +47,12 @@ fi
 suffix=$([ "$seed" = 1 ] || echo "-s$seed")
 data=data/demo$suffix
 runs=models/demo$suffix
-common=("data.corpus=$data/corpus" "output=$runs" "seed=$seed")
+common=("data.corpus=$data/corpus" "output=$runs" "seed=$seed" ${training_keys[@]+"${training_keys[@]}"})
 stage() { echo; echo "== $*"; .venv/bin/python "$@"; }
 
 began=$SECONDS
-stage combine_babylm.py --config configs/demo/corpus.yaml --input "$data/raw" --output "$data/corpus" "seed=$seed"
+stage combine_babylm.py --config configs/demo/corpus.yaml --input "$data/raw" --output "$data/corpus" "seed=$seed" \
+  ${corpus_keys[@]+"${corpus_keys[@]}"}
 stage train_teacher.py --config configs/demo/teacher.yaml "${common[@]}"
 stage train_baseline.py --config configs/demo/baseline.yaml "${common[@]}"
 stage train_student.py --config configs/demo/student.yaml "${common[@]}" "distillation.teacher=$runs/teacher"

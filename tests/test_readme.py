@@ -1,0 +1,101 @@
+"""Every command of the README runs, on models and texts that are small enough for a test."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL_CORPUS = ["corpus.demo_words=30K", "corpus.demo_pairs=4", "tokenizer.vocab_size=512"]
+TWO_STEPS = ["training.steps=2", "training.warmup_steps=1"]
+# What makes a shipped recipe a model of a few thousand weights, trained for two steps on the demo corpus.
+TINY = ["training.epochs=null", *TWO_STEPS, "training.batch_size=4", "training.per_device_batch_size=2", "training.precision=fp32",
+        "data.corpus=data/demo-s9/corpus", "data.seq_len=32", "model.init=random", "model.path=null", "model.layers=1",
+        "model.width=16", "model.heads=2", "logging.eval_steps=2"]
+
+
+def commands() -> list[str]:
+    """The commands of the README: lines of its bash blocks, and code in running text that starts with an interpreter."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL).replace("\n", " ")
+    inline = re.findall(r"`((?:python|bash|torchrun) [^`]+)`", prose)
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in blocks] + inline
+    return sorted({re.sub(r"\s+", " ", command) for command in found if command and not command.startswith("source ")})
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the repository in which `bash demo.sh` was run, briefly, with the environment that runs these tests."""
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "models", "data", "figures", "__pycache__", ".*_cache"))
+    (folder / ".venv").symlink_to(sys.prefix, target_is_directory=True)
+    for stamp, source in (("requirements.installed", "requirements.txt"), ("requirements.tests.installed", "tests/requirements.txt")):
+        shutil.copyfile(ROOT / source, folder / ".venv" / stamp)
+    done = run(folder, ["bash", "demo.sh", "--seed", "9", *SMALL_CORPUS, *TWO_STEPS])
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(folder / "data/demo-s9/raw", folder / "train_10M")
+    shutil.copytree(folder / "data/demo-s9/raw", folder / "dev")
+    for file in (folder / "dev").glob("*.train"):
+        file.rename(file.with_suffix(".dev"))
+    return folder, done.stdout
+
+
+def run(folder: Path, command: list[str], **variables: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
+    env.pop("BABYLM_SHARED", None)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+
+
+def small(command: str) -> list[str]:
+    """A README command as it is run here."""
+    words = re.sub(r"\[.*?\]|\\\|", "", command).replace("<folder>", "data/demo-s9/corpus/pairs").split()
+    words = [word.split("|")[0] if "steps|time" in word else word for word in words]
+    if words[0] == "torchrun":
+        words = ["python", "-m", "torch.distributed.run", *["2" if word == "4" else word for word in words[1:]]]
+    text = " ".join(words)
+    if re.search(r"train_\w+\.py", text):
+        words += [*TINY, f"name={'-'.join(re.findall(r'[a-z]+', text))}"]
+        words += ["distillation.teacher=models/demo-s9/teacher"] if "train_student" in text else []
+    if "--input train_10M" in text:
+        words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
+    stand_ins = {"models/A": "teacher", "models/B": "student", "models/5-gram": "5-gram", "models/GPT2-Small-BabyLM-CE": "baseline",
+                 "models/GPT2-Small-Distilled": "student"}
+    words = [f"models/demo-s9/{stand_ins[word]}" if word in stand_ins else word for word in words]
+    if "babylm.scoring" in text:
+        words = ["data/demo-s9/corpus" if word == "corpus_split" else word for word in words]
+    if "cpu_study.sh" in text:
+        words += ["teacher", "--seed", "1", *TWO_STEPS, "model.layers=1", "data.eval_blocks=4"]
+    if "benchmarks.corpus" in text:
+        words += ["--quick", "--tokenizer", "data/demo-s9/corpus/tokenizer"]
+    if words[-1] == "test.sh":
+        words += ["--collect-only", "tests/test_losses.py"]
+    return words
+
+
+def test_the_demo_ends_with_its_table_and_figures(project):
+    folder, said = project
+    rows = re.findall(r"^(5-gram|teacher|baseline|student) .*", said, re.MULTILINE)
+    assert rows == ["5-gram", "teacher", "baseline", "student"]
+    assert {"overview.png", "pairs.png", "domains.png", "ce.svg"} <= {path.name for path in (folder / "figures/demo-s9").iterdir()}
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command != "bash demo.sh"])
+def test_readme_command_runs(project, command):
+    folder, _ = project
+    if "--download" in command:  # there is no hub here: it has to say so
+        done = run(folder, small(command), HF_ENDPOINT="http://127.0.0.1:9")
+        assert done.returncode == 1 and "could not download" in done.stderr
+        return
+    done = run(folder, small(command))
+    assert done.returncode == 0, f"{' '.join(small(command))}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_files_that_the_readme_names_exist():
+    names = set(re.findall(r"[\w./-]+\.(?:py|sh|yaml)\b", README))
+    missing = [name for name in names if not list(ROOT.glob(f"**/{name.removeprefix('./')}"))]
+    assert not missing
