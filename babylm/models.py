@@ -165,6 +165,9 @@ def load_teacher(path: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights, config, generation config and tokenizer into `folder` (which exists)."""
+    for settings in getattr(model, "peft_config", {}).values():  # an unmerged adapter must find its base from any folder
+        if Path(settings.base_model_name_or_path).exists():
+            settings.base_model_name_or_path = str(Path(settings.base_model_name_or_path).resolve())
     model.save_pretrained(folder)
     config_path = folder / "config.json"
     if config_path.is_file():  # an unmerged adapter has none
@@ -176,11 +179,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once, 4-bit ones by their number and not by their bytes."""
-    total = 0
-    for parameter in model.parameters():
-        quantised = getattr(parameter, "quant_state", None)
-        total += quantised.shape.numel() if quantised is not None else parameter.numel()
-    return total
+    return sum(_numel(parameter) for parameter in model.parameters())
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    quantised = getattr(parameter, "quant_state", None)
+    return quantised.shape.numel() if quantised is not None else parameter.numel()
 
 
 def forward_flops_per_token(model: nn.Module, seq_len: int) -> float:
@@ -190,7 +194,7 @@ def forward_flops_per_token(model: nn.Module, seq_len: int) -> float:
     head = model.get_output_embeddings().weight
     body = [p for p in model.parameters() if p.dim() >= 2]
     lookup = model.get_input_embeddings().weight
-    matrices = sum(p.numel() for p in body if p is not lookup and p is not head) + head.numel()
+    matrices = sum(_numel(p) for p in body if p is not lookup and p is not head) + head.numel()
     return 2.0 * matrices + 4.0 * seq_len * config.hidden_size * config.num_hidden_layers
 
 
@@ -232,6 +236,11 @@ def build_adapted_model(section: ModelSection, lora: LoraSection, training: Trai
         quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                                        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
         base = load_causal_lm(section.path, quantization_config=quantisation)
+        for module in base.modules():
+            # In eval mode on some CPUs (AVX512-BF16), bitsandbytes repacks 4-bit weights for an inference-only kernel: the next
+            # training step would have no gradient through them, and merging would misread them.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=training.gradient_checkpointing)
     else:
         base = load_causal_lm(section.path)

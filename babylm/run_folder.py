@@ -142,6 +142,8 @@ class RunFolder:
             elif self.root.is_dir() and any(self.root.iterdir()):
                 raise UserError(f"{self.root} exists but is no run folder of this pipeline: choose another name=, "
                                 "or fresh=true to move it aside")
+            if self.already_finished():
+                return None  # nothing will be run: its record and metrics stay as they are
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
                 write_json(recorded, mine)
@@ -154,8 +156,14 @@ class RunFolder:
             self.set_status("pending")
         _opened.append(self)
         checkpoint = self.resume_point()
+        if checkpoint and (theirs := checkpoint.parent / "run" / "identity.json").is_file():
+            self._require_same(json.loads(theirs.read_text(encoding="utf-8")), mine)  # resume_path may lie in another run
         if self.main:
-            self.forget_metrics_after(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+            step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+            for newer in self.checkpoints():  # resume_path went back: what lay beyond it is made again, as its metrics are
+                if self.config.resume_path and int(newer.name.split("-")[1]) > step:
+                    shutil.rmtree(newer)
+            self.forget_metrics_after(step)
         return checkpoint
 
     def _move_aside(self) -> None:
@@ -196,13 +204,17 @@ class RunFolder:
         return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
     def resume_point(self) -> Path | None:
-        """The newest whole checkpoint (or `resume_path`), telling the user of damaged ones it passes over."""
+        """Where to continue: `resume_path`, or the newest whole checkpoint."""
         if self.config.resume_path:
             path = Path(self.config.resume_path)
             if not re.fullmatch(r"checkpoint-\d+", path.name) or not is_whole(path):
                 raise UserError(f"resume_path: {path} is not a whole checkpoint-<step> folder; whole ones here: "
                                 f"{', '.join(p.name for p in self.checkpoints() if is_whole(p)) or 'none'}")
             return path
+        return self.newest_whole()
+
+    def newest_whole(self) -> Path | None:
+        """The newest whole checkpoint here, telling the user of damaged ones it passes over."""
         for checkpoint in reversed(self.checkpoints()):
             if is_whole(checkpoint):
                 return checkpoint
@@ -303,7 +315,7 @@ def require_finished(path: str, needed_by: str) -> None:
 # ---- How every stage script starts and ends -------------------------------------------------------------------------
 
 
-class Preempted(Exception):
+class Preempted(BaseException):  # so that no library swallows it
     """A signal asked the run to stop; its state is saved."""
 
 
@@ -368,7 +380,7 @@ def saving(what: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", str(error)):
             raise
         raise UserError(f"could not save {what}: {error}. Free some space and run the same command again: it continues from "
                         "the last whole checkpoint") from error

@@ -122,7 +122,7 @@ def read_pairs(folder: str | Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
                 rows.append({**row, "UID": row.get("UID", path.stem), "pair": (row["sentence_good"], row["sentence_bad"])})
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not a minimal pair in BLiMP's format ({error!r})") from None
     if not rows:
         raise UserError(f"{folder} holds no minimal pairs (*.jsonl)")
@@ -271,11 +271,12 @@ def score(ce: dict[str, Any], pairs: dict[str, Any] | None, **facts: Any) -> dic
     return result
 
 
-def score_model(folder: Path, store: TokenStore, seq_len: int, rows: list[dict] | None) -> dict[str, Any]:
+def score_model(folder: Path, store: TokenStore, data_tokenizer: PreTrainedTokenizerFast, seq_len: int,
+                rows: list[dict] | None) -> dict[str, Any]:
     """Score a finished run on every block of the validation store, and on minimal pairs if given."""
     require_finished(str(folder), "scoring")
     tokenizer, model = models.load_tokenizer(folder), models.load_causal_lm(str(folder)).eval()
-    models.require_same_vocabulary(str(folder), models.load_tokenizer(store.folder.parents[1] / "tokenizer"), "model")
+    models.require_same_vocabulary(str(folder), data_tokenizer, "model")
     blocks = EvalBlocks(store, seq_len, len(store))
     batches = [range(i, min(i + 16, len(blocks))) for i in range(0, len(blocks), 16)]
     counts, sums = domain_sums(lambda ids: {"ce": losses.token_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)},
@@ -320,7 +321,7 @@ def main() -> None:
     if args.ngram:
         write_json(args.ngram / "run" / "scores.json", score_ngram(args.ngram, args.corpus, store, args.seq_len, rows))
     for run in args.runs:
-        write_json(run / "run" / "scores.json", score_model(run, store, args.seq_len, rows))
+        write_json(run / "run" / "scores.json", score_model(run, store, tokenizer, args.seq_len, rows))
 
 
 if __name__ == "__main__":

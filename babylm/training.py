@@ -72,6 +72,8 @@ def open_run(config: RunConfig, stage: str, teacher: str | None = None) -> RunFo
     data = {"train": TextPart(config.data.corpus, "train").sha256,
             "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256,
             "tokenizer": tokenizer_fingerprint(tokenizer)}
+    if config.model.path:
+        data["base"] = weights_fingerprint(config.model.path)
     if teacher:
         models.require_same_vocabulary(teacher, tokenizer, "teacher")
         data["teacher"] = weights_fingerprint(teacher)
@@ -225,7 +227,7 @@ class Progress:
     best_ce: float | None = None
     best_step: int | None = None
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
-    micro_steps: int = 0
+    metered_steps: float = 0.0
 
 
 class DistillTrainer(Trainer):
@@ -241,7 +243,7 @@ class DistillTrainer(Trainer):
         self.stopped_by = ""
         self.progress = Progress()
         self._meter: dict[str, torch.Tensor] = {}
-        self._micro_steps = 0
+        self._metered_steps = 0
         self._began = self._window_began = time.monotonic()
         self._window_step = 0
         self._staging: str | None = None
@@ -277,9 +279,10 @@ class DistillTrainer(Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> torch.Tensor:
         terms = model(**inputs)
+        share = 1 / self.args.gradient_accumulation_steps  # a run may be continued with another accumulation
         for name, value in terms.items():  # summed on the device; read only when a line is logged
-            self._meter[name] = self._meter.get(name, 0.0) + value.detach().double()
-        self._micro_steps += 1
+            self._meter[name] = self._meter.get(name, 0.0) + share * value.detach().double()
+        self._metered_steps += share
         bad = torch.where(terms["loss"].detach().isfinite(), sys.maxsize, self.state.global_step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad)
         return terms["loss"]
@@ -291,7 +294,7 @@ class DistillTrainer(Trainer):
             broken = [name for name, p in trainable_parameters(self.model) if not p.isfinite().all()]
             step = self.state.global_step if broken else step
         if step < sys.maxsize:
-            good = self.folder.resume_point()
+            good = self.folder.newest_whole()
             raise UserError(f"the loss or the weights became NaN or infinite at step {step}; the last good checkpoint is "
                             f"{good or 'none'}. A lower training.lr, a longer warmup_steps, grad_clip or precision: fp32 may help "
                             "(another lr is another run: give it another name=)")
@@ -343,8 +346,8 @@ class DistillTrainer(Trainer):
         self.require_finite()
         names = list(self._meter)
         sums = torch.stack([torch.as_tensor(self._meter[name], device=self.args.device) for name in names])
-        means = (self.accelerator.reduce(sums, "mean") / self._micro_steps).tolist()
-        self._meter, self._micro_steps = {}, 0
+        means = (self.accelerator.reduce(sums, "mean") / self._metered_steps).tolist()
+        self._meter, self._metered_steps = {}, 0
         step, now = self.state.global_step, time.monotonic()
         rate = (step - self._window_step) / max(now - self._window_began, 1e-9)
         self._window_step, self._window_began = step, now
@@ -394,9 +397,9 @@ class DistillTrainer(Trainer):
                 self._staging = str(staging)
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                meter = {term: float(self.accelerator.reduce(value, "mean")) for term, value in self._meter.items()}
                 if self.folder.main:
-                    meter = {term: float(value) for term, value in self._meter.items()}
-                    progress = {**self.progress.__dict__, "seconds": self.seconds(), "meter": meter, "micro_steps": self._micro_steps}
+                    progress = {**self.progress.__dict__, "seconds": self.seconds(), "meter": meter, "metered_steps": self._metered_steps}
                     write_json(staging / name / "progress.json", progress)
                     seal(staging / name)
                     if target.exists():  # a damaged one of an earlier attempt
@@ -427,7 +430,7 @@ class DistillTrainer(Trainer):
         self.progress = Progress(**json.loads(Path(resume_from_checkpoint, "progress.json").read_text(encoding="utf-8")))
         self._meter = {name: torch.tensor(value, dtype=torch.float64, device=self.args.device)
                        for name, value in self.progress.meter.items()}
-        self._micro_steps = self.progress.micro_steps
+        self._metered_steps = self.progress.metered_steps
         self._window_step = int(re.search(r"checkpoint-(\d+)", resume_from_checkpoint)[1])
         self._say(f"resuming from {resume_from_checkpoint}")
 
