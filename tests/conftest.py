@@ -1,6 +1,8 @@
 """What several test files need: one small finished corpus, a way to run a stage, and the optional folder of real data."""
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -11,7 +13,7 @@ import torch
 import yaml
 
 import combine_babylm
-from babylm import models
+from babylm import models, run_folder
 from babylm.demo_corpus import write_corpus
 from babylm.run_folder import run_stage
 
@@ -57,6 +59,28 @@ def run_script():
         if check and done.returncode:
             pytest.fail(f"{script} ended with code {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def in_process():
+    """in_process("train_student", "--config", ..., as_script=False) runs a stage in this process, to its end.
+
+    Errors are raised; `as_script=True` turns them into a message and an exit code, as the script does.
+    """
+
+    def run(script, *args, as_script=False):
+        main = importlib.import_module(script).main
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+            patch.setattr(run_folder, "_opened", [])
+            try:
+                run_stage(main) if as_script else main()
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
     return run
 

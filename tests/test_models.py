@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from babylm import models, run_folder
+from babylm import models
 from babylm.config import LoraSection, ModelSection, TrainingSection, UserError
 from babylm.run_folder import Preempted
 from babylm.training import RunCallback
@@ -203,22 +203,15 @@ def home(tmp_path_factory, corpus, write_yaml):
 
 
 @pytest.fixture(scope="module")
-def stage(home):
+def stage(home, in_process):
     """stage("train_teacher", "b", "key=value", ...) runs a stage in this process, in the folder `home`; returns models/b."""
 
     def run(script, name, *overrides):
         if script == "train_teacher":
             overrides = ("lora.rank=4", "lora.alpha=16", "lora.dropout=0", *overrides)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{script}.py", "--config", "run.yaml", f"name={name}", *overrides])
-            patch.setattr(run_folder, "_opened", [])
             patch.chdir(home)
-            try:
-                importlib.import_module(script).main()
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+            in_process(script, "--config", "run.yaml", f"name={name}", *overrides)
         return home / "models" / name
 
     return run

@@ -57,19 +57,11 @@ def command(home):
 
 
 @pytest.fixture(scope="module")
-def stage(home, command):
+def stage(home, command, in_process):
     """stage("train_baseline", "b", "key=value", ...) runs a stage in this process to its end; returns models/b."""
 
     def run(script, name, *overrides):
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{script}.py", *command(script, name, *overrides)])
-            patch.setattr(run_folder, "_opened", [])
-            try:
-                importlib.import_module(script).main()
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+        in_process(script, *command(script, name, *overrides))
         return home / "models" / name
 
     return run

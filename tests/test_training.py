@@ -1,6 +1,5 @@
 """What a run computes, logs and leaves behind: the same whatever the accumulation and the number of processes."""
 
-import importlib
 import json
 import math
 import os
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from babylm import models, run_folder, training
+from babylm import models, training
 from babylm.config import StudentConfig, TeacherConfig, UserError, check
 from babylm.distillation import Distiller
-from babylm.run_folder import StopRequest, run_stage
+from babylm.run_folder import StopRequest
 from custom_dataset import EvalBlocks, TokenBlocks, open_store
 
 ROOT = Path(training.__file__).parents[1]
@@ -47,23 +46,11 @@ def home(tmp_path_factory, corpus, write_yaml):
 
 
 @pytest.fixture(scope="module")
-def stage(home):
-    """stage("train_student", "b", "key=value", ...) runs a stage in this process; returns the run folder models/b.
-
-    Errors are raised; `as_script=True` turns them into a message and an exit code, as the script does.
-    """
+def stage(home, in_process):
+    """stage("train_student", "b", "key=value", ..., as_script=False) runs a stage in this process; returns the run folder models/b."""
 
     def run(script, name, *overrides, as_script=False):
-        main = importlib.import_module(script).main
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{script}.py", "--config", str(home / "run.yaml"), f"name={name}", *overrides])
-            patch.setattr(run_folder, "_opened", [])
-            try:
-                run_stage(main) if as_script else main()
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+        in_process(script, "--config", home / "run.yaml", f"name={name}", *overrides, as_script=as_script)
         return home / "models" / name
 
     return run
