@@ -79,7 +79,7 @@ def main() -> None:
                           "sha256": file_sha256(target / "tokenizer" / "tokenizer.json")}})
         print(f"{target}: {parts['train']['words']:,} words for training, {parts['val']['words']:,} for validation; "
               f"{duplicates['documents']:,} documents and {duplicates['long_lines']:,} long lines of validation also stand in training"
-              f"{' and were left out of it' if duplicates['dropped_from_train'] else ''}", flush=True)
+              f"{'; these documents were left out of it' if duplicates['dropped_from_train'] else ''}", flush=True)
     if section.demo_words and section.demo_pairs:
         demo_corpus.write_minimal_pairs(target / "pairs", config.seed, section.demo_pairs)
 
@@ -131,7 +131,10 @@ def _is_done(target: Path, mine: dict, fresh: bool) -> bool:
     """Whether the folder holds exactly this corpus, whole. Anything else in it is never overwritten."""
     manifest_path = target / "manifest.json"
     if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{manifest_path} is damaged: remove it and run the same command again") from None
         expected = {target / part["file"]: part["sha256"] for part in manifest["parts"].values()}
         expected |= {target / f"{name}_documents.npy": part.get("index_sha256") for name, part in manifest["parts"].items()}
         expected[target / "tokenizer" / "tokenizer.json"] = manifest["tokenizer"].get("sha256")

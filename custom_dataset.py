@@ -55,7 +55,11 @@ class TextPart:
         if not manifest_path.is_file():
             raise DataError(f"{manifest_path} is missing: {self.folder} was not (completely) written by stage 1; "
                             f"run: python combine_babylm.py --output {self.folder}")
-        self.manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        try:
+            self.manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            self.manifest["domains"], self.manifest["parts"][part]["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{manifest_path} is damaged: remove it and run combine_babylm.py again") from None
         self.domains: list[str] = self.manifest["domains"]
         self.sha256: str = self.manifest["parts"][part]["sha256"]
         index = self.folder / f"{part}_documents.npy"
@@ -68,8 +72,8 @@ class TextPart:
 
     def verify(self) -> None:
         """Raise DataError unless the text file is the one that the manifest describes (it may have been edited)."""
-        if file_sha256(self.path) != self.sha256:
-            raise DataError(f"{self.path} is not the file that manifest.json describes (edited or cut short?): "
+        if not self.path.is_file() or file_sha256(self.path) != self.sha256:
+            raise DataError(f"{self.path} is not the file that manifest.json describes (edited, cut short or deleted?): "
                             "run combine_babylm.py again")
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -150,6 +154,8 @@ def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float =
     content = [STORE_FORMAT, text.sha256, hashlib.sha256(text.documents.tobytes()).hexdigest(), fingerprint]
     store_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     folder = text.folder / "tokens" / f"{part}-{store_key}"
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK) and _store_fault(folder) is None:
+        return TokenStore(folder)  # a corpus that others share with us, read-only
     try:
         folder.parent.mkdir(exist_ok=True)
         lock = FileLock(f"{folder}.lock")

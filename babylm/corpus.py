@@ -26,22 +26,27 @@ LONG_LINE_WORDS = 10  # shorter lines ("yeah .") repeat in any corpus; longer on
 # ---- Reading a raw file ---------------------------------------------------------------------------------------------
 
 LONGEST_LINE = 1 << 22  # bytes; a longer line is cut at a space, so that no file can fill the memory
+LONGEST_DOCUMENT = 10_000  # lines
 _HEADING = re.compile(rb"\s*= = = .* = = =\s*")
 
 
 def find_boundary(path: Path, chunk_lines: int) -> str:
     """What separates documents in a raw file: "heading" (`= = = Title = = =`), "blank" lines, or "lines:<chunk_lines>"
-    where the file marks nothing. A mark has to stand between two documents at least, or it separates nothing."""
-    headings = breaks = 0
+    where the file marks nothing. A mark has to stand between two documents at least, or it separates nothing; and a few
+    stray blank lines in a long file (documents of more than LONGEST_DOCUMENT lines on average) are no marks either."""
+    headings = breaks = lines = 0
     inside = False
     with open(path, "rb") as stream:
         for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
             line = line.removeprefix(b"\xef\xbb\xbf")
             headings += line.lstrip().startswith(b"= = = ") and _HEADING.fullmatch(line) is not None
             visible = bool(line.strip())
+            lines += visible
             breaks += visible and not inside
             inside = visible
-    return "heading" if headings >= 2 else "blank" if breaks >= 2 else f"lines:{chunk_lines}"
+    if headings >= 2:
+        return "heading"
+    return "blank" if breaks >= 2 and lines <= breaks * LONGEST_DOCUMENT else f"lines:{chunk_lines}"
 
 
 def decoded_lines(path: Path, errors: str, counts: dict[str, int]) -> Iterator[str]:
@@ -191,7 +196,7 @@ def assign_parts(domain: Domain, section: CorpusSection, share_of_text: float, s
                 part[index] = 0
                 taken += words[index]
                 chosen += 1
-        order = [index for index in order if part[index] == 0]
+        order = order[part[order] == 0]
     if share == 1:
         part[order] = 1
     elif share > 0:
@@ -202,10 +207,11 @@ def assign_parts(domain: Domain, section: CorpusSection, share_of_text: float, s
         for index in order[:-1]:
             if taken >= wanted:
                 break
-            # a long document that would overshoot by more than it fills is passed over, once there is another one
-            if taken == 0 or taken + words[index] - wanted <= wanted - taken:
+            if taken + words[index] - wanted <= wanted - taken:  # a long one that overshoots by more than it fills is passed over
                 part[index] = 1
                 taken += words[index]
+        if taken == 0:
+            part[order[np.argmin(words[order])]] = 1
 
 
 def find_duplicates(domains: list[Domain], drop: bool) -> dict[str, int]:

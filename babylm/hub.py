@@ -1,7 +1,7 @@
 """The Hugging Face hub: downloading the published corpora, and the model card that every final model carries."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
     try:
         # The commit is asked for first: without a network, snapshot_download would pass off whatever lies in the folder.
         commit = HfApi().dataset_info(repository, revision=section.revision).sha
+        names = HfApi().list_repo_files(repository, repo_type="dataset", revision=commit)
         snapshot_download(repository, repo_type="dataset", revision=commit, local_dir=folder,
                           allow_patterns=["*.train", "*.train.txt"])
     except RepositoryNotFoundError as error:
@@ -38,13 +39,12 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
     except (HTTPError, OSError) as error:  # OSError: also what the client raises when it is offline and has no copy
         raise UserError(f"could not download {where}: no network, or the hub did not answer ({type(error).__name__}). What has "
                         "arrived is kept: run the same command again, or put the .train files into the input folder yourself") from error
-    for file in sorted(folder.rglob("*.train*")):  # some repositories keep them in a sub-folder, or add .txt
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            target = folder / file.name.removesuffix(".txt")
-            if target != file:  # a second name for the same bytes; the first one tells the next download that they are here
-                target.unlink(missing_ok=True)
-                os.link(file, target)
-    if not list(folder.glob("*.train")):
+    files = [folder / name for name in sorted(names) if name.endswith((".train", ".train.txt"))]
+    for file in files:  # some repositories keep them in a sub-folder, or add .txt
+        target = folder / file.name.removesuffix(".txt")
+        if target != file:  # the first one stays: it tells the next download what is here
+            shutil.copyfile(file, target)
+    if not files:
         raise UserError(f"the hub dataset {where} holds no .train files: check download.* in the config")
 
 

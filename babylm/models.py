@@ -132,6 +132,8 @@ def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerFast) -> t
               "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
               "tie_word_embeddings": section.architecture == "gpt2" if section.tied is None else section.tied}
     if section.architecture == "llama":
+        if shared["pad_token_id"] in (shared["bos_token_id"], shared["eos_token_id"]):
+            shared["pad_token_id"] = None  # Llama's embedding never trains the row of its pad token: here, the start token's
         return LlamaConfig(hidden_size=section.width, num_hidden_layers=section.layers, num_attention_heads=section.heads,
                            num_key_value_heads=section.kv_heads or section.heads,
                            intermediate_size=section.ffn or -(-section.width * 8 // 3 // 8) * 8,
@@ -295,12 +297,13 @@ def largest_logit_difference(first: nn.Module, second: nn.Module, input_ids: tor
         device = next(model.parameters()).device
         outputs.append(model.eval()(input_ids=input_ids.to(device)).logits.float().cpu())
         model.train(was_training)
-    return float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
+    return float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp(min=1e-30))
 
 
 def require_saved_equals(model: PreTrainedModel, folder: Path, input_ids: torch.Tensor) -> None:
     """Load `folder` again and compare logits with the model in memory; RuntimeError if anything was lost or re-tied."""
-    difference = largest_logit_difference(model, load_causal_lm(str(folder)), input_ids)
+    saved = load_causal_lm(str(folder)).to(next(model.parameters()).device)
+    difference = largest_logit_difference(model, saved, input_ids)
     if not difference < 1e-5:
         raise RuntimeError(f"the model saved in {folder} differs from the one in memory by {difference:.2g} of the largest logit")
 

@@ -10,6 +10,7 @@ Everything is written under a temporary name and renamed, so that a file that is
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -146,6 +147,7 @@ class RunFolder:
                 return None  # nothing will be run: its record and metrics stay as they are
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
+                _lock(self.run / "lock")
                 write_json(recorded, mine)
             except OSError as error:
                 raise UserError(f"cannot write to {self.root}: {error.strerror}; choose another output= or free some space") from error
@@ -303,7 +305,8 @@ def require_finished(path: str, needed_by: str) -> None:
         # org/name or a bare hub name; anything that looks like a local path is a mistake
         if re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not path.startswith("models/"):
             return
-        raise UserError(f"{needed_by}: {path} does not exist; make it first, for example: python train_teacher.py name={root.name}")
+        raise UserError(f"{needed_by}: {path} does not exist; make it first, for example: python train_teacher.py --config <its YAML> "
+                        f"output={root.parent} name={root.name}")
     if (root / "run").is_dir() and read_finished(root) is None:
         record = json.loads((root / "run" / "record.json").read_text(encoding="utf-8")) if (root / "run" / "record.json").is_file() else {}
         command = record.get("command", f"python train_teacher.py name={root.name}")
@@ -334,6 +337,22 @@ class StopRequest:
         return bool(self.signal_name)
 
 
+_locks: dict[Path, int] = {}  # file descriptors, held until this process ends, however it ends
+
+
+def _lock(path: Path) -> None:
+    """Refuse to start a run that another process is running: two would overwrite each other's checkpoints and metrics."""
+    if path.resolve() in _locks:
+        return
+    lock = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"{path.parent.parent} is being trained by another process: wait for it, or choose another name=") from None
+    _locks[path.resolve()] = lock
+
+
 _opened: list[RunFolder] = []  # by this process: whose status.json has to be kept true if it ends early
 
 
@@ -359,6 +378,10 @@ def run_stage(main: Callable[[], None]) -> None:
         _set_status("failed", str(error))
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        _set_status("failed", "interrupted by Ctrl-C")
+        print("interrupted: the same command continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
     except BaseException as error:
         _set_status("failed", "".join(traceback.format_exception_only(error)).strip())
         if isinstance(error, OSError) and error.errno in DISK_FULL:

@@ -276,6 +276,7 @@ def score_model(folder: Path, store: TokenStore, data_tokenizer: PreTrainedToken
     """Score a finished run on every block of the validation store, and on minimal pairs if given."""
     require_finished(str(folder), "scoring")
     tokenizer, model = models.load_tokenizer(folder), models.load_causal_lm(str(folder)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     models.require_same_vocabulary(str(folder), data_tokenizer, "model")
     blocks = EvalBlocks(store, seq_len, len(store))
     batches = [range(i, min(i + 16, len(blocks))) for i in range(0, len(blocks), 16)]

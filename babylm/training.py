@@ -56,8 +56,7 @@ def start_process(config: RunConfig) -> torch.device:
             raise UserError(f"logging.trackers: {tracker} is not installed: pip install {tracker}, or take it off the list")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    PartialState(cpu=device.type == "cpu")
-    return device
+    return PartialState(cpu=device.type == "cpu").device  # with several GPUs: the one of this process
 
 
 def open_run(config: RunConfig, stage: str, teacher: str | None = None) -> RunFolder | None:
@@ -172,6 +171,11 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     """
     stop = StopRequest()
     state = PartialState()
+    for role, model in (("student", distiller.student), ("teacher", distiller.teacher)):
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if limit and config.data.seq_len > limit:
+            raise UserError(f"data.seq_len {config.data.seq_len} exceeds the {limit} positions of the {role}: use shorter blocks, or "
+                            "a model with more positions")
     per_device, accumulation = accumulation_steps(config, state.num_processes)
     steps = len(data.train) // config.training.batch_size
     if state.is_main_process:
@@ -188,7 +192,9 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     folder.set_status("running")
     trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
     if trainer.state.global_step < steps:
-        raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command continues there")
+        again = [key for key in ("resume_path", "fresh") if getattr(config, key)]
+        raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command"
+                        f"{' without ' + ' and '.join(again) if again else ''} continues there")
     trainer.finish()
 
 
@@ -209,6 +215,8 @@ def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int,
           f"{data.train.blocks_per_epoch:,} blocks of {seq_len}; validation on {len(data.val):,} blocks")
     print(f"batch      {batch} sequences = {processes} process(es) x {per_device} x {accumulation} accumulation; {tokens:,} tokens a step")
     print(f"budget     {steps:,} steps = {epochs:.2f} epochs = {words:,} words seen")
+    if training.warmup_steps >= steps:
+        print(f"warning    training.warmup_steps {training.warmup_steps} >= {steps} steps: the peak learning rate is never used")
     print(f"objective  {distiller.describe(seq_len)}")
     compiled = ", compiled" if training.compile else ""
     print(f"device     {device}, {training.precision}{compiled}, {torch.get_num_threads()} CPU threads", flush=True)
@@ -289,7 +297,7 @@ class DistillTrainer(Trainer):
 
     def require_finite(self, *, weights: bool = False) -> None:
         """Stop the run if a loss (or, on request, a weight) has become NaN or infinite, naming the step to go back to."""
-        step = int(self._first_bad_step)
+        step = int(self.accelerator.gather(self._first_bad_step[None]).min())  # all processes stop, or none
         if step == sys.maxsize and weights:
             broken = [name for name, p in trainable_parameters(self.model) if not p.isfinite().all()]
             step = self.state.global_step if broken else step
@@ -323,18 +331,27 @@ class DistillTrainer(Trainer):
 
     def _evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
         began = time.monotonic()
-        row = self.evaluate()
+        row = {**self._where(), **self.evaluate()}
         self.control.should_evaluate = False  # done for this step: the end of an epoch asks once more
         self._window_began += time.monotonic() - began  # validation is not part of the training speed
-        self.folder.append_metrics({"kind": "eval", **self._where(), **row})
+        self.folder.append_metrics({"kind": "eval", **row})
         self._say(f"  validation at step {self.state.global_step:,}: " + self._show(row))
         if self.progress.best_ce is None or row["ce"] < self.progress.best_ce:
             self.progress.best_ce, self.progress.best_step = row["ce"], self.state.global_step
-            if self.config.checkpoints.final == "best" and self.folder.main:
+            if self.config.checkpoints.final == "best":
                 self.require_finite(weights=True)
-                with folder_written_whole(self.folder.run / "best") as best:
-                    self._export(best)
+                if self.folder.main:
+                    with folder_written_whole(self._best(row["step"])) as best:
+                        self._check_saved(self._export(best), best)
+                    for older in self.folder.run.glob("best-*"):
+                        if older != self._best(row["step"]):
+                            shutil.rmtree(older)
+                self.accelerator.wait_for_everyone()
         return row
+
+    def _best(self, step: int | None) -> Path:
+        """Where the weights of the best validation so far lie."""
+        return self.folder.run / f"best-{step}"
 
     # -- log line
 
@@ -428,6 +445,8 @@ class DistillTrainer(Trainer):
             for name, parameter in mine.items():
                 parameter.copy_(saved[name])
         self.progress = Progress(**json.loads(Path(resume_from_checkpoint, "progress.json").read_text(encoding="utf-8")))
+        if self.config.checkpoints.final == "best" and not self._best(self.progress.best_step).is_dir():
+            self.progress.best_ce = self.progress.best_step = None  # made after this checkpoint, or in another folder
         self._meter = {name: torch.tensor(value, dtype=torch.float64, device=self.args.device)
                        for name, value in self.progress.meter.items()}
         self._metered_steps = self.progress.metered_steps
@@ -464,21 +483,23 @@ class DistillTrainer(Trainer):
         self.require_finite(weights=True)
         if self.folder.main:
             use_best = self.config.checkpoints.final == "best"
-            best = self.folder.run / "best"
             step = self.progress.best_step if use_best else self.state.global_step
+            best = self._best(step)
             result = self._result(step)
 
             def write(target: Path) -> None:
                 if use_best:
                     for file in best.iterdir():
                         if file.name != "complete.json":
-                            os.link(file, target / file.name)
+                            shutil.copyfile(file, target / file.name)
                 else:
                     self._check_saved(self._export(target), target)
                 (target / "README.md").write_text(hub.model_card(self.config, self.folder, result), encoding="utf-8")
 
             self.folder.install_final(write)
             self.folder.finish(result)
+            if use_best:
+                shutil.rmtree(best)
             self._say(f"finished {self.folder.root}: step {step:,} | {result['words_seen']:,} words | "
                       f"validation {self._show(result)} | {result['seconds']:.0f} s")
         self.accelerator.wait_for_everyone()

@@ -671,3 +671,18 @@ def test_the_saved_tokenizer_is_the_one_that_was_trained(corpus, tokenizer):
     backend = models.train_tokenizer(texts(corpus, "train"), 512, 2).backend_tokenizer
     saved = Tokenizer.from_file(str(corpus / "tokenizer" / "tokenizer.json"))
     assert backend.get_vocab() == saved.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_stray_blank_line_does_not_make_two_documents_of_a_long_file(tmp_path):
+    file = tmp_path / "talk.train"
+    file.write_text("yes .\n" * 15_000 + "\n" + "no .\n" * 15_000)
+    assert raw_text.find_boundary(file, 100) == "lines:100"
+
+
+def test_one_long_document_does_not_fill_the_validation_part(make):
+    """4 documents of 1,000 words among 60 of 30: 5 % are 290 words, so none of the long ones is held out."""
+    for seed in range(4):
+        folder = make({"a.train": "\n\n".join(["long " * 1000] * 4 + ["short " * 30] * 60)}, f"seed={seed}", "fresh=true",
+                      validation_fraction=0.05)
+        held_out = np.load(folder / "val_documents.npy")["words"]
+        assert 0.04 < held_out.sum() / 5800 < 0.06 and held_out.max() == 30

@@ -1,5 +1,6 @@
 """Models and tokenizers as they are built, adapted, merged, saved and read again."""
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from babylm import models
+from babylm import losses, models
 from babylm.config import LoraSection, ModelSection, TrainingSection, UserError
 from babylm.run_folder import Preempted
 from babylm.training import RunCallback
@@ -444,3 +445,14 @@ def test_4_bit_parameters_are_counted_by_number(base, tokenizer):
     plain, packed = (models.build_adapted_model(section, LoraSection(mode=mode), training, tokenizer, 0) for mode in ("lora", "qlora"))
     assert models.count_parameters(packed) == models.count_parameters(plain)
     assert models.forward_flops_per_token(packed, 32) == models.forward_flops_per_token(plain, 32)
+
+
+def test_a_llama_trains_its_start_token_where_padding_has_the_same_id(tokenizer):
+    """GPT-2's vocabulary has one special token for everything, and an embedding's padding row gets no gradient."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.bos_token
+    model = models.build_model(ModelSection(architecture="llama", layers=1, width=16, heads=2, max_positions=32), tokenizer, seed=1)
+    ids = torch.tensor([[tokenizer.bos_token_id, 5, 6, 7]])
+    losses.token_cross_entropy(model(input_ids=ids).logits, ids).mean().backward()
+    start = tokenizer.bos_token_id
+    assert model.get_input_embeddings().weight[start].any() and model.get_input_embeddings().weight.grad[start].any()

@@ -472,5 +472,29 @@ def test_an_unfinished_teacher_is_refused_with_the_command_that_finishes_it(stop
 
 
 def test_a_missing_teacher_is_refused_with_the_command_that_makes_it(stage, home):
-    with pytest.raises(UserError, match="does not exist; make it first, for example: python train_teacher.py name=nobody"):
+    with pytest.raises(UserError, match="does not exist; make it first, for example: python train_teacher.py --config .* name=nobody"):
         stage("train_student", "early", f"distillation.teacher={home}/models/nobody")
+
+
+def test_a_run_that_is_going_on_is_not_started_twice(home):
+    """A first process holds the folder; a second one has to leave it alone."""
+    folder = home / "models" / "twice"
+    (folder / "run").mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(run_folder.__file__).parent.parent)!r})
+from babylm.run_folder import _lock
+_lock(Path({str(folder / "run" / "lock")!r}))
+print("held", flush=True)
+time.sleep(100)
+"""], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="twice is being trained by another process"):
+            run_folder._lock(folder / "run" / "lock")
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    run_folder._lock(folder / "run" / "lock")  # the lock goes with the process that held it, killed or not
