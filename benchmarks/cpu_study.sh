@@ -2,7 +2,8 @@
 # The study on real text that one CPU can do: rebuilds every model of the README's table into models/cpu/, or the ones
 # named, skips what is finished and resumes what was stopped.
 #
-#   bash benchmarks/cpu_study.sh [teacher] [baseline] [student] [baseline-long] [student-long] [--seed N] [key=value ...]
+#   bash benchmarks/cpu_study.sh [teacher] [baseline] [student] [baseline-long] [student-long] [student-long-lambda1]
+#                                [--seed N] [key=value ...]
 #
 # Reads *.train from $BABYLM_SHARED/data/train_10M and *.dev from $BABYLM_SHARED/data/dev where that variable is set,
 # else from train_10M/ and dev/. PYTHON picks the interpreter, THREADS the CPU threads of each run (default: all).
@@ -15,12 +16,12 @@ keys=(${THREADS:+training.threads=$THREADS})
 while (($#)); do
   case $1 in
     --seed) seeds=("$2"); shift 2 ;;
-    teacher | baseline | student | baseline-long | student-long) models+=("$1"); shift ;;
+    teacher | baseline | student | baseline-long | student-long | student-long-lambda1) models+=("$1"); shift ;;
     *=*) keys+=("$1"); shift ;;
-    *) echo "error: $1 is none of teacher, baseline, student, baseline-long, student-long, --seed N" >&2; exit 2 ;;
+    *) echo "error: $1 is none of teacher, baseline, student, baseline-long, student-long, student-long-lambda1, --seed N, key=value" >&2; exit 2 ;;
   esac
 done
-((${#models[@]})) || models=(teacher baseline student baseline-long student-long)
+((${#models[@]})) || models=(teacher baseline student baseline-long student-long student-long-lambda1)
 
 python=${PYTHON:-.venv/bin/python}
 [ -x .venv/bin/python ] || [ -n "${PYTHON:-}" ] || bash demo.sh --install
@@ -38,6 +39,12 @@ for model in "${models[@]}"; do
     baseline) for seed in "${seeds[@]}"; do run baseline baseline "$seed"; done ;;
     student) for seed in "${seeds[@]}"; do run student student "$seed"; done ;;
     baseline-long) run baseline baseline-long "${seeds[0]}" ;;
-    student-long) run student student-long "${seeds[0]}" ;;
+    student-long | student-long-lambda1) run student "$model" "${seeds[0]}" ;;
   esac
 done
+
+# Score what is there on the whole dev set and print the table.
+shopt -s nullglob
+finished=(models/cpu/*/run/finished.json)
+"$python" -m babylm.scoring "${finished[@]%/run/finished.json}" --corpus corpus_cpu --eval corpus_cpu_dev
+"$python" visual.py "${finished[@]%/run/finished.json}" --table --output figures/cpu

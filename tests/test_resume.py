@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from babylm import run_folder, training
 from babylm.config import BaselineConfig, UserError, load
 from babylm.run_folder import RunFolder, is_whole, run_stage
+from custom_dataset import open_store
 
 ROOT = Path(training.__file__).parents[1]
 FORK = multiprocessing.get_context("fork")
@@ -259,11 +260,11 @@ def test_a_script_stopped_by_sigterm_exits_with_75_and_continues(reference, stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_while_things_are_loaded_exits_with_75_too(number, launch, teacher, home, corpus):
+def test_a_signal_while_things_are_loaded_exits_with_75_too(number, launch, teacher, home, corpus, tokenizer):
     """The run waits for another process that builds its token store; there is no step yet that could be finished first."""
     name = f"loading-{number.name}"
     run = home / "models" / name
-    store = next(path for path in (corpus / "tokens").glob("train-*") if path.is_dir())
+    store = open_store(corpus, "train", tokenizer).folder
     with FileLock(f"{store}.lock"):
         child = launch("train_student", name)
         while "waiting for it" not in child.output() and child.poll() is None:
