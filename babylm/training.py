@@ -67,10 +67,10 @@ def open_run(config: RunConfig, stage: str, teacher: str | None = None) -> RunFo
     state = PartialState()
     if teacher:
         require_finished(teacher, f"{stage}: distillation.teacher")
-    tokenizer = models.load_tokenizer(tokenizer_path(config))
     data = {"train": TextPart(config.data.corpus, "train").sha256,
-            "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256,
-            "tokenizer": tokenizer_fingerprint(tokenizer)}
+            "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256}
+    tokenizer = models.load_tokenizer(tokenizer_path(config))
+    data["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if config.model.path:
         data["base"] = weights_fingerprint(config.model.path)
     if teacher:
