@@ -61,7 +61,7 @@ def small(command: str) -> list[str]:
     if re.search(r"train_\w+\.py", text):
         words += [*TINY, f"name={'-'.join(re.findall(r'[a-z]+', text))}"]
         words += ["distillation.teacher=models/demo-s9/teacher"] if "train_student" in text else []
-    if "--input train_10M" in text:
+    if "combine_babylm.py --input" in text:
         words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
     stand_ins = {"models/A": "teacher", "models/B": "student", "models/5-gram": "5-gram", "models/GPT2-Small-BabyLM-CE": "baseline",
                  "models/GPT2-Small-Distilled": "student"}
