@@ -61,7 +61,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int) -
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer in a folder or on the hub. UserError if there is none, or if it is empty or slow."""
     if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith(("models/", "/", "."))):
-        raise UserError(f"no tokenizer at {path}: it does not exist, nor is it a name on the hub; check the path")  # the hub would be asked for a minute
+        # Said here because the hub, asked for such a name, is tried for a minute.
+        raise UserError(f"no tokenizer at {path}: it does not exist, nor is it a name on the hub; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
