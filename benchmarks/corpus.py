@@ -46,10 +46,11 @@ def time_both(corpus: Path, tokenizer, rounds: int) -> dict[str, float]:
         store = open_store(corpus, "train", tokenizer)
         seconds["store"].append(time.perf_counter() - began)
 
-        # The same token stream written the usual way: all documents joined by the end-of-text token, encoded at once.
+        # The same token stream written the usual way: all documents joined by the special tokens, encoded at once.
         began = time.perf_counter()
-        end = tokenizer.eos_token
-        ids = np.array(tokenizer(end + end.join(texts) + end, add_special_tokens=False).input_ids, dtype=store.ids.dtype)
+        start, end = tokenizer.bos_token, tokenizer.eos_token
+        text = end + end.join(texts) + end if start in (None, end) else start + f"{end}{start}".join(texts) + end
+        ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, dtype=store.ids.dtype)
         ids.tofile(corpus / "one_string.bin")
         seconds["one_string"].append(time.perf_counter() - began)
         if not np.array_equal(ids, store.ids):
