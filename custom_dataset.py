@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -352,8 +352,8 @@ def _word_starts(text: str) -> tuple[np.ndarray, int]:
 class TokenBlocks(torch.utils.data.Dataset):
     """A whole run's training data as one long list: item i is a pure function of (store, seq_len, seed, i).
 
-    Epoch e shuffles all blocks by (seed, e) and cuts the stream at an offset drawn from (seed, e mod offset_cycle), its
-    *layout*. Because the order needs no state, a resumed run, another process count or another accumulation sees the
+    Epoch e shuffles all blocks by (seed, e) and cuts the stream at an offset drawn from (offset_seed, e mod offset_cycle),
+    its *layout*. Because the order needs no state, a resumed run, another process count or another accumulation sees the
     same items at the same steps, and batches may cross from one epoch into the next, so that no block is dropped.
 
     Args:
@@ -362,6 +362,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         seed: of order and offsets.
         random_chunk: False cuts every epoch at offset 0.
         offset_cycle: number of different layouts; None: every epoch has its own.
+        offset_seed: draws the offsets; None: `seed`.
         items: length of the run in blocks (steps x batch size); default: one epoch.
 
     Raises:
@@ -369,9 +370,11 @@ class TokenBlocks(torch.utils.data.Dataset):
     """
 
     def __init__(self, store: TokenStore, seq_len: int, seed: int, *, random_chunk: bool = True,
-                 offset_cycle: int | None = None, items: int | None = None):
+                 offset_cycle: int | None = None, offset_seed: int | None = None, items: int | None = None):
         self.store, self.seq_len, self.seed = store, seq_len, seed
         self.random_chunk, self.offset_cycle = random_chunk, offset_cycle
+        self.offset_seed = seed if offset_seed is None else offset_seed
+        self.extras: Callable[[int, int], dict[str, torch.Tensor]] | None = None
         slack = seq_len - 1 if random_chunk else 0  # the largest offset: every layout then has equally many blocks
         self.blocks_per_epoch = (len(store) - slack) // seq_len
         if self.blocks_per_epoch < 1:
@@ -390,7 +393,16 @@ class TokenBlocks(torch.utils.data.Dataset):
 
     def offset(self, layout: int) -> int:
         """First token of block 0 in a layout, in 0 ... seq_len - 1."""
-        return int(np.random.default_rng([self.seed, 1, layout]).integers(self.seq_len)) if self.random_chunk else 0
+        return int(np.random.default_rng([self.offset_seed, 1, layout]).integers(self.seq_len)) if self.random_chunk else 0
+
+    def layouts(self) -> list[int]:
+        """The layouts that the run's items come from."""
+        return sorted({self.layout(epoch) for epoch in range(-(-self.items // self.blocks_per_epoch))})
+
+    def block(self, layout: int, block: int) -> torch.Tensor:
+        """[T] int64 ids of one block of a layout."""
+        start = self.offset(layout) + block * self.seq_len
+        return torch.from_numpy(self.store.ids[start : start + self.seq_len].astype(np.int64))
 
     def locate(self, item: int) -> tuple[int, int, int]:
         """(epoch, layout, block) of an item."""
@@ -399,12 +411,11 @@ class TokenBlocks(torch.utils.data.Dataset):
         return epoch, self.layout(epoch), int(self._order[position])
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        """{"input_ids": [T] int64}."""
+        """{"input_ids": [T] int64}, and what `extras(layout, block)` gives beside it, where that is set."""
         if not 0 <= item < self.items:
             raise IndexError(item)
-        block = self.locate(item)[2]
-        start = self._offset + block * self.seq_len
-        return {"input_ids": torch.from_numpy(self.store.ids[start : start + self.seq_len].astype(np.int64))}
+        _, layout, block = self.locate(item)
+        return {"input_ids": self.block(layout, block), **(self.extras(layout, block) if self.extras else {})}
 
     def words_through(self, items: int) -> int:
         """Words in the first `items` items of the run, over all processes: the ledger that milestones go by."""
@@ -433,7 +444,6 @@ class TokenBlocks(torch.utils.data.Dataset):
         for layout in set(layouts) - self._layout_words.keys():
             self._layout_words[layout] = int(self._block_words(layout).sum())
         self._words_before = sum(self._layout_words[layout] for layout in layouts)
-        self._offset = self.offset(self.layout(epoch))
         self._order = np.random.default_rng([self.seed, 2, epoch]).permutation(self.blocks_per_epoch)
         self._words = np.concatenate([[0], np.cumsum(self._block_words(self.layout(epoch))[self._order])])
         self._epoch = epoch
@@ -452,7 +462,8 @@ class EvalBlocks(torch.utils.data.Dataset):
         seq_len: tokens per block, T.
         count: at most this many blocks, drawn without replacement with a fixed seed and kept in text order.
 
-    Items are {"input_ids": [T] int64, "domains": [T] int64}; a domain indexes `store.domains`.
+    Items are {"input_ids": [T] int64, "domains": [T] int64}, and what `extras(item)` gives beside them, where that is set; a
+    domain indexes `store.domains`.
     """
 
     SEED = 1
@@ -465,12 +476,19 @@ class EvalBlocks(torch.utils.data.Dataset):
                             "hold out more text (corpus.validation_fraction) or use shorter blocks")
         chosen = np.random.default_rng(self.SEED).permutation(available)[:count]
         self.blocks = np.sort(chosen)
+        self.extras: Callable[[int], dict[str, torch.Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def block(self, item: int) -> torch.Tensor:
+        """[T] int64 ids."""
+        start = int(self.blocks[item]) * self.seq_len
+        return torch.from_numpy(self.store.ids[start : start + self.seq_len].astype(np.int64))
+
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         start = int(self.blocks[item]) * self.seq_len
         positions = np.arange(start, start + self.seq_len)
-        return {"input_ids": torch.from_numpy(self.store.ids[start : start + self.seq_len].astype(np.int64)),
-                "domains": torch.from_numpy(self.store.domain_of(positions).astype(np.int64))}
+        return {"input_ids": self.block(item),
+                "domains": torch.from_numpy(self.store.domain_of(positions).astype(np.int64)),
+                **(self.extras(item) if self.extras else {})}

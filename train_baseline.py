@@ -28,7 +28,7 @@ def main() -> None:
 
     # ---- 4. Build the models ----------------------------------------------------------------------------------------
     student = models.build_model(config.model, data.tokenizer, config.seed)
-    distiller = Distiller(student)
+    distiller = Distiller(student, compiled=config.training.compile)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------
     training.train(config, folder, data, distiller, device)

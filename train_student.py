@@ -10,9 +10,9 @@ With the same data, seed, steps and student as a baseline of stage 3, the studen
 the same blocks in the same order: the two differ in the loss alone.
 """
 
-from babylm import models, training
+from babylm import models, teacher_cache, training
 from babylm.config import StudentConfig, load
-from babylm.distillation import Distiller
+from babylm.distillation import Distiller, Teacher
 from babylm.run_folder import run_stage
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     terms = config.distillation
 
     # ---- 2. Open the run folder -------------------------------------------------------------------------------------
-    folder = training.open_run(config, "train_student.py", teacher=terms.teacher)
+    folder = training.open_run(config, "train_student.py", teachers=[entry.path for entry in terms.entries])
     if folder is None:
         return
 
@@ -31,10 +31,12 @@ def main() -> None:
     data = training.load_data(config)
 
     # ---- 4. Build the models ----------------------------------------------------------------------------------------
-    teacher = models.load_teacher(terms.teacher, data.tokenizer)
+    if terms.cache:
+        teachers = teacher_cache.open_teachers(config, data)
+    else:
+        teachers = [Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry) for entry in terms.entries]
     student = models.build_model(config.model, data.tokenizer, config.seed)
-    w_ce, w_kl = terms.weights
-    distiller = Distiller(student, teacher, w_ce=w_ce, w_kl=w_kl, temperature=terms.temperature, kl_reduction=terms.kl_reduction)
+    distiller = Distiller(student, teachers, terms, compiled=config.training.compile)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------
     training.train(config, folder, data, distiller, device)

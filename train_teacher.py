@@ -36,7 +36,7 @@ def main() -> None:
         model = models.build_model(config.model, data.tokenizer, config.seed)
     else:
         model = models.build_adapted_model(config.model, config.lora, config.training, data.tokenizer, config.seed)
-    distiller = Distiller(model)
+    distiller = Distiller(model, compiled=config.training.compile)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------
     training.train(config, folder, data, distiller, device)

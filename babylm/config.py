@@ -12,12 +12,24 @@ import argparse
 import difflib
 import hashlib
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 
 class UserError(Exception):
@@ -134,6 +146,7 @@ class DataSection(Section):
     seq_len: int = key(128, "tokens per block", ge=8)
     random_chunk: bool = key(True, "every epoch cuts the text into blocks at an offset of its own")
     offset_cycle: int | None = key(None, "number of different offsets before they repeat; default: they never do", ge=1)
+    offset_seed: int | None = key(None, "draws the offsets; default: seed. Runs of several seeds can share a teacher cache by it", ge=0)
     eval_path: str | None = key(None, "another corpus folder of stage 1 whose validation part is used instead", identity=False)
     eval_blocks: int = key(8192, "validation blocks, drawn once with a fixed seed that all runs share", ge=1)
 
@@ -265,33 +278,206 @@ class BaselineConfig(RunConfig):
     """Stage 3, `train_baseline.py`: cross-entropy only."""
 
 
+class Schedule(Section):
+    """A number that may change over training: in YAML a plain number, or {start: 4, end: 1, shape: cosine, until: 0.5}."""
+
+    start: float = key(..., "value at the first step")
+    end: float = key(..., "value from `until` on")
+    shape: Literal["linear", "cosine"] = key("linear", "how it gets there")
+    until: float = key(1.0, "share of the run's steps after which it stays at `end`", gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def plain_number(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"{value!r} is no number: write one, or a schedule such as {{start: 4, end: 1, shape: cosine}}") from None
+        return {"start": value, "end": value} if isinstance(value, int | float) else value
+
+    @model_serializer(mode="wrap")
+    def as_written(self, write: Any) -> Any:
+        return self.start if self.constant else write(self)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is one number throughout."""
+        return self.start == self.end
+
+    @property
+    def largest(self) -> float:
+        """The largest value it takes (both shapes are monotonic)."""
+        return max(self.start, self.end)
+
+    def at(self, progress: float) -> float:
+        """The value at `progress` in 0 ... 1, the share of the run's steps that is done."""
+        done = min(progress / self.until, 1.0)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
+    def __str__(self) -> str:
+        return f"{self.start:g}" if self.constant else f"({self.start:g} -> {self.end:g})"
+
+
+def _from_zero(value: Schedule) -> Schedule:
+    if min(value.start, value.end) < 0:
+        raise ValueError("must not be negative")
+    return value
+
+
+def _above_zero(value: Schedule) -> Schedule:
+    if min(value.start, value.end) <= 0:
+        raise ValueError("must be greater than 0")
+    return value
+
+
+Weight = Annotated[Schedule, AfterValidator(_from_zero)]
+Temperature = Annotated[Schedule, AfterValidator(_above_zero)]
+
+
+def fixed(value: float) -> Schedule:
+    """A Schedule that is one number throughout."""
+    return Schedule(start=value, end=value)
+
+
+class TeacherEntry(Section):
+    """One teacher of several, or one with settings of its own."""
+
+    path: str = key(..., "run folder, plain checkpoint folder (an adapter on a base too), or hub name", identity=False, min_length=1)
+    weight: float = key(1.0, "share in what is taught; the weights of all teachers are divided by their sum", ge=0)
+    layers: dict[int, int] = key(
+        {}, "for `hidden`: teacher state -> student state it teaches; 0 = embeddings, i = output of block i; the last one is "
+            "what the output head reads. Default: last -> last", )
+    device: str | None = key(None, "where its body runs, such as cuda:1 or cpu; default: with the student", identity=False)
+
+    @field_validator("layers")
+    @classmethod
+    def each_student_state_once(cls, value: dict[int, int]) -> dict[int, int]:
+        for student in value.values():
+            if sources := [theirs for theirs, ours in value.items() if ours == student][1:]:
+                raise ValueError(f"student state {student} is mapped twice (also from teacher state {sources[0]}): it would be "
+                                 "pulled towards two targets")
+        if value and min(*value, *value.values()) < 0:
+            raise ValueError("states are numbered from 0 (the embeddings)")
+        return value
+
+
+class HiddenSection(Section):
+    """Hidden-state terms: deep supervision with `layers` maps (DSKD), or the last states alone."""
+
+    weight: Weight = key(fixed(0.1), "weight of the term; 0 switches it off")
+    loss: Literal["mse", "cosine"] = key("mse", "distance of the projected student state from the teacher's, per token")
+    normalise: bool = key(False, "standardise both sides per token first, so that states of large norm do not dominate")
+
+
+class AuxiliarySection(Section):
+    """Classifiers on shallow blocks, trained like the student's own output and left out of the final model."""
+
+    blocks: list[int] = key(..., "student blocks that get a classifier, from 1 to one below the last", min_length=1)
+    weight: Weight = key(fixed(0.1), "weight of the sum over classifiers (gamma); 0 switches it off")
+    weighting: Literal["fixed", "adaptive"] = key(
+        "fixed", "fixed = every classifier 1/number of them; adaptive = by its share in their losses, sequence by sequence")
+    share_head: bool = key(False, "the student's own output head after each classifier's hidden layer, instead of one of its own")
+    dropout: float = key(0.1, "inside the classifiers", ge=0, lt=1)
+    feature_weight: float = key(0.0, "within the term: MSE between projected block output and the teachers' last states", ge=0)
+
+    @field_validator("blocks")
+    @classmethod
+    def each_block_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value) or min(value) < 1:
+            raise ValueError("blocks are numbered from 1, each at most once")
+        return value
+
+
+class ContrastiveSection(Section):
+    """InfoNCE between projected last states of student and teacher; negatives: the other positions of the sequence."""
+
+    weight: Weight = key(fixed(0.1), "weight of the term; 0 switches it off")
+    temperature: float = key(0.1, "tau, divides the cosine similarity (2.0 was published, and is nearly flat)", gt=0)
+    dim: int = key(256, "width of both projections", ge=2)
+
+
 class DistillationSection(Section):
-    teacher: str = key(..., "run folder (or plain checkpoint folder, or hub name) of the teacher", identity=False, min_length=1)
+    teacher: str | None = key(None, "one teacher: run folder (or plain checkpoint folder, or hub name)", identity=False, min_length=1)
+    teachers: list[TeacherEntry] = key([], "several teachers, or one with a layer map; instead of `teacher`")
+    combine: Literal["logits", "probabilities"] = key("logits", "several teachers teach the weighted mean of these")
     alpha: float | None = key(None, "shorthand for w_ce = alpha, w_kl = 1 - alpha", ge=0, le=1)
-    w_ce: float | None = key(None, "weight of the cross-entropy", ge=0)
-    w_kl: float | None = key(None, "weight of T^2 * KL(teacher || student)", ge=0)
-    temperature: float = key(1.0, "T, softens both distributions in the KL term", gt=0)
+    w_ce: Weight | None = key(None, "weight of the cross-entropy")
+    w_kl: Weight | None = key(None, "weight of T^2 * divergence between teacher and student")
+    temperature: Temperature = key(fixed(1.0), "T, softens both distributions in the divergence")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = key("forward_kl", "forward_kl = KL(teacher || student)")
+    jsd_beta: float | None = key(None, "beta of the generalised Jensen-Shannon divergence; default: 0.5", gt=0, lt=1)
+    approximate_top_k: int | None = key(None, "approximation: only the teacher's k likeliest entries, renormalised", ge=2)
+    approximate_top_p: float | None = key(None, "approximation: only the entries that hold this much of the teacher's mass", gt=0, lt=1)
+    label_smoothing: float = key(0.0, "share of each target spread over the vocabulary (the reported CE stays unsmoothed)", ge=0, lt=1)
     kl_reduction: Literal["token_mean", "batchmean"] = key(
         "token_mean", "batchmean multiplies KL by the positions per sequence, as published code did; only to reproduce it"
     )
+    hidden: HiddenSection | None = key(None, "match hidden states: DSKD, or the last states alone")
+    auxiliary: AuxiliarySection | None = key(None, "classifiers on shallow blocks")
+    contrastive: ContrastiveSection | None = key(None, "contrastive term on the last states")
+    cache: bool = key(False, "read the teachers' states from a cache made by `python -m babylm.teacher_cache` instead of running them",
+                      identity=False)
+    cache_path: str | None = key(None, "folder of teacher caches; default: <data.corpus>/teacher_cache", identity=False)
+    cache_dtype: Literal["auto", "bf16", "fp16", "fp32"] = key(
+        "auto", "how cached states are stored; auto = training.precision, in which the output head reads them anyway")
 
     @model_validator(mode="after")
-    def weights_given_once(self) -> "DistillationSection":
-        explicit = self.w_ce is not None or self.w_kl is not None
-        if explicit and self.alpha is not None:
-            raise ValueError("give either alpha or w_ce and w_kl, not both")
-        if not explicit and self.alpha is None:
-            raise ValueError("give alpha, or w_ce and w_kl")
-        if explicit and (self.w_ce is None or self.w_kl is None):
-            raise ValueError("w_ce and w_kl go together: give both")
-        if sum(self.weights) == 0:
-            raise ValueError("w_ce and w_kl are both 0: nothing would be learned")
+    def terms_fit_together(self) -> "DistillationSection":
+        problems = list(self._contradictions())
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
+    def _contradictions(self) -> Iterator[str]:
+        explicit = self.w_ce is not None or self.w_kl is not None
+        if explicit and self.alpha is not None:
+            yield "give either alpha or w_ce and w_kl, not both"
+        elif not explicit and self.alpha is None:
+            yield "give alpha, or w_ce and w_kl"
+        elif explicit and (self.w_ce is None or self.w_kl is None):
+            yield "w_ce and w_kl go together: give both"
+        else:
+            yield from self._contradictory_terms()
+        if self.teacher and self.teachers:
+            yield "give either teacher or teachers, not both"
+        if self.teachers and sum(entry.weight for entry in self.teachers) <= 0:
+            yield "the weights of the teachers add up to 0: at least one must be positive"
+        if self.approximate_top_k and self.approximate_top_p:
+            yield "give either approximate_top_k or approximate_top_p, not both"
+        if self.jsd_beta is not None and self.divergence != "jsd":
+            yield f"jsd_beta belongs to divergence: jsd, not to {self.divergence}"
+        if not self.hidden and any(entry.layers for entry in self.teachers):
+            yield "teachers.layers is given but there is no section hidden to use it"
+        if self.cache and any(entry.device for entry in self.teachers):
+            yield "teachers.device has no meaning with cache: true, which loads no teacher body"
+
+    def _contradictory_terms(self) -> Iterator[str]:
+        w_ce, w_kl = self.weights
+        terms = {"w_kl": w_kl, **{name: section.weight for name in ("hidden", "contrastive") if (section := getattr(self, name))}}
+        if not self.entries:
+            needing = [name for name, weight in terms.items() if weight.largest > 0]
+            if needing or self.cache:
+                yield f"{', '.join(needing) or 'cache'} needs a teacher: give teacher or teachers"
+            if self.auxiliary and self.auxiliary.feature_weight:
+                yield "auxiliary.feature_weight needs a teacher: give teacher or teachers"
+        if not any(weight.largest > 0 for weight in [w_ce, *terms.values()]):
+            yield "w_ce and w_kl are both 0, and so is every other term: nothing would be learned"
+        if self.label_smoothing and w_ce.largest == 0:
+            yield "label_smoothing acts on the cross-entropy, but w_ce is 0"
+
     @property
-    def weights(self) -> tuple[float, float]:
+    def weights(self) -> tuple[Schedule, Schedule]:
         """(w_ce, w_kl), whichever way they were given."""
-        return (self.alpha, 1.0 - self.alpha) if self.alpha is not None else (self.w_ce, self.w_kl)
+        return (fixed(self.alpha), fixed(1.0 - self.alpha)) if self.alpha is not None else (self.w_ce, self.w_kl)
+
+    @property
+    def entries(self) -> list[TeacherEntry]:
+        """All teachers, whichever way they were given; those of weight 0 left out."""
+        given = [TeacherEntry(path=self.teacher)] if self.teacher else self.teachers
+        return [entry for entry in given if entry.weight > 0]
 
 
 class StudentConfig(RunConfig):
@@ -361,9 +547,10 @@ def check(schema: type[Section], values: dict, source: str) -> Any:
 
 
 def _explain(schema: type[Section], problem: dict) -> str:
-    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    where = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    path = ".".join(map(str, where))
     if problem["type"] == "extra_forbidden":
-        section, unknown = _section_at(schema, problem["loc"][:-1]), str(problem["loc"][-1])
+        section, unknown = _section_at(schema, where[:-1]), str(where[-1])
         near = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.5)
         elsewhere = [name for name in _key_paths(schema) if name.split(".")[-1] == unknown]
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(section.model_fields)}"
@@ -374,17 +561,24 @@ def _explain(schema: type[Section], problem: dict) -> str:
     return f"{path or 'config'}: {message}{shown}"
 
 
-def _section_at(schema: type[Section], path: tuple) -> type[Section]:
+def _section_at(schema: type[Section], path: list) -> type[Section]:
     for part in path:
-        schema = schema.model_fields[part].annotation
+        if not isinstance(part, int):  # an index into a list of sections
+            schema = _section_of(schema.model_fields[part].annotation)
     return schema
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The Section that a key holds, also where it is optional or a list of them; None for plain values."""
+    found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)]
+    return found[0] if found else None
 
 
 def _key_paths(schema: type[Section], prefix: str = "") -> list[str]:
     paths = []
     for name, field in schema.model_fields.items():
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        paths += _key_paths(field.annotation, f"{prefix}{name}.") if is_section else [prefix + name]
+        section = _section_of(field.annotation)
+        paths += _key_paths(section, f"{prefix}{name}.") if section else [prefix + name]
     return paths
 
 
@@ -393,8 +587,12 @@ def identity(config: Section) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if isinstance(value, Section):
+        if isinstance(value, Schedule):
+            keys[name] = value.model_dump()
+        elif isinstance(value, Section):
             keys |= {f"{name}.{inner}": held for inner, held in identity(value).items()}
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            keys |= {f"{name}.{i}.{inner}": held for i, entry in enumerate(value) for inner, held in identity(entry).items()}
         elif field.json_schema_extra["identity"]:
             keys[name] = value
     return json.loads(json.dumps(keys))  # the same types as after a round trip through run/identity.json

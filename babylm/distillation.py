@@ -1,89 +1,478 @@
 """The Distiller: one nn.Module that holds the student and everything else that is trained, and whose forward returns
 the terms of the loss. DDP, accumulation, saving and resuming therefore treat all trained parameters alike.
 
-Every training stage uses it. Without a teacher the only term is the cross-entropy: that is a baseline, and it is how
-teachers themselves are trained. A new term is a method that returns [B, T-1] values or a scalar, a weight in `weights`
-and, if it trains something, a submodule created in `__init__`.
+Every training stage uses it. Without teachers the only term is the cross-entropy: that is a baseline, and it is how
+teachers themselves are trained. The logit terms (CE, KL) come from one fused kernel; each further term is a module below
+that reads a `View` of the batch and returns [B, T-1] values per column of the log. To add a term, write such a module,
+its section in config.py, and a line in `Distiller.__init__`.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from babylm import losses
+from babylm import losses, models
+from babylm.config import AuxiliarySection, ContrastiveSection, DistillationSection, HiddenSection, TeacherEntry, UserError, fixed
+from babylm.losses import FusedTerms, Head
+
+CROSS_ENTROPY = DistillationSection(w_ce=fixed(1.0), w_kl=fixed(0.0))
+
+
+def state_key(teacher: int, state: int) -> str:
+    """Name under which a batch carries hidden state `state` of teacher number `teacher` when it is read from a cache."""
+    return f"teacher{teacher}_state{state}"
+
+
+# ---- Teachers -------------------------------------------------------------------------------------------------------
+
+
+class Teacher:
+    """A frozen teacher: its output head, and its body unless the hidden states come from a cache.
+
+    No nn.Module: it is neither saved, nor counted, nor given to DDP or the optimizer.
+
+    Args:
+        head: reads the last state; on the student's device.
+        depth: number of blocks, so that states are numbered 0 (embeddings) ... depth (what the head reads).
+        width: of its states.
+        model: the whole model, or None where states are cached. Frozen here, and in eval mode for good.
+        entry: weight, layer map, device.
+    """
+
+    def __init__(self, head: Head, depth: int, width: int, model: nn.Module | None = None, entry: TeacherEntry | None = None):
+        self.head, self.depth, self.width, self.model = head, depth, width, model
+        self.entry = entry or TeacherEntry(path="teacher")
+        self.body = models.body_and_head(model)[0] if model is not None else None
+
+    @classmethod
+    def from_model(cls, model: nn.Module, entry: TeacherEntry | None = None) -> "Teacher":
+        """A teacher that is run. UserError where its logits are not one linear layer of its last hidden state."""
+        model.requires_grad_(False).eval()
+        _, linear = models.body_and_head(model)
+        if linear is None:
+            raise UserError(f"the teacher {entry.path if entry else type(model).__name__} makes its logits by more than one linear layer "
+                            "of its last hidden state (scaled, capped or adapted): merge adapters, or take another teacher")
+        return cls(Head(linear.weight, linear.bias), model.config.num_hidden_layers, linear.in_features, model, entry)
+
+    def states(self, input_ids: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
+        """{state number: [B, T-1, width]} for the predicted positions, computed where the body lies and brought to the student."""
+        wanted, where = sorted(set(wanted)), next(self.body.parameters()).device
+        with torch.no_grad():
+            output = self.body(input_ids=input_ids.to(where), use_cache=False, output_hidden_states=wanted != [self.depth])
+        every = output.hidden_states
+        found = {state: (output.last_hidden_state if state == self.depth else every[state]) for state in wanted}
+        return {state: values[:, :-1].to(input_ids.device) for state, values in found.items()}
+
+    def to(self, device: torch.device) -> None:
+        """Head to the student's device; body to the one that the config names, or along."""
+        self.head = Head(*(part.to(device) if part is not None else None for part in self.head))
+        if self.model is not None:
+            self.model.to(self.entry.device or device)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of a forward pass; of the head alone where the states are cached."""
+        return models.forward_flops_per_token(self.model, seq_len) if self.model is not None else 2.0 * self.head.weight.numel()
+
+    def layer_map(self, student_depth: int) -> dict[int, int]:
+        """Teacher state -> student state for the hidden term; by default last -> last."""
+        return self.entry.layers or {self.depth: student_depth}
+
+    @staticmethod
+    def wanted_states(section: DistillationSection, entry: TeacherEntry, depth: int) -> list[int]:
+        """The states of a teacher that any term reads: the last one always, and those that are mapped."""
+        mapped = entry.layers if section.hidden and section.hidden.weight.largest > 0 else ()
+        return sorted({depth, *mapped})
+
+
+# ---- What a term sees -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class View:
+    """One batch at its predicted positions 0 ... T-2, as every term sees it."""
+
+    targets: torch.Tensor  # [B, T-1] next tokens
+    student: dict[int, torch.Tensor]  # state number -> [B, T-1, width]; the last is what the head reads
+    teachers: list[dict[int, torch.Tensor]]  # the same, of each teacher
+    fused: "FusedLoss"  # CE and KL of any states under any head
+    lm_head: Head
+
+    @property
+    def last(self) -> torch.Tensor:
+        return self.student[max(self.student)]
+
+    @property
+    def teachers_last(self) -> list[torch.Tensor]:
+        return [states[max(states)] for states in self.teachers]
+
+
+@dataclass
+class FusedLoss:
+    """`losses.fused_linear_distillation` with this batch's teachers and the run's objective filled in."""
+
+    targets: torch.Tensor
+    objective: losses.LogitObjective
+    teacher_states: list[torch.Tensor] = field(default_factory=list)
+    teacher_heads: list[Head] = field(default_factory=list)
+    weights: list[float] | None = None
+    compiled: bool = False
+
+    def __call__(self, states: torch.Tensor, head: Head, token_weights: torch.Tensor | None = None) -> FusedTerms:
+        """Scalar loss, and ce, kl [B, T-1]; `states` [B, T-1, D]."""
+        terms = losses.fused_linear_distillation(
+            states.flatten(0, 1), head, self.targets.flatten(), self.objective,
+            teacher_states=[theirs.flatten(0, 1) for theirs in self.teacher_states], teacher_heads=self.teacher_heads, weights=self.weights,
+            token_weights=token_weights.flatten() if token_weights is not None else None, compiled=self.compiled)
+        return FusedTerms(terms.loss, terms.ce.view_as(self.targets), terms.kl.view_as(self.targets))
+
+
+@dataclass
+class Outcome:
+    """What a term returns: the scalar to add to the loss (before its weight) and [B, T-1] values, detached, per column."""
+
+    loss: torch.Tensor
+    columns: dict[str, torch.Tensor]
+
+
+# ---- Terms on hidden states -----------------------------------------------------------------------------------------
+
+
+class HiddenTerm(nn.Module):
+    """Deeply supervised distillation: distance between mapped states, the student's projected up to the teacher's width.
+
+    The mean over the maps of a teacher, then the teachers' weighted mean. With the default map (last -> last) it is
+    hidden-state distillation. One trained linear projection per map.
+    """
+
+    name = "hidden"
+
+    def __init__(self, section: HiddenSection, student_width: int, student_depth: int, teachers: list[Teacher], shares: list[float]):
+        super().__init__()
+        self.kind, self.normalise, self.shares = section.loss, section.normalise, shares
+        self.maps: list[list[tuple[int, int]]] = []
+        for teacher in teachers:
+            pairs = list(teacher.layer_map(student_depth).items())
+            for theirs, ours in pairs:
+                if theirs > teacher.depth or ours > student_depth:
+                    raise UserError(f"distillation.teachers: the layer map of {teacher.entry.path} sends state {theirs} to {ours}, but the "
+                                    f"teacher has states 0 ... {teacher.depth} and the student 0 ... {student_depth}")
+            self.maps.append(pairs)
+        self.projections = nn.ModuleList(nn.ModuleList(nn.Linear(student_width, teacher.width) for _ in pairs)
+                                         for teacher, pairs in zip(teachers, self.maps, strict=True))
+
+    def forward(self, view: View) -> Outcome:
+        values = 0.0
+        for share, pairs, projections, states in zip(self.shares, self.maps, self.projections, view.teachers, strict=True):
+            for (theirs, ours), project in zip(pairs, projections, strict=True):
+                distance = losses.state_distance(project(view.student[ours]), states[theirs], self.kind, self.normalise)
+                values = values + share / len(pairs) * distance
+        return Outcome(values.mean(), {self.name: values.detach()})
+
+    def student_states(self) -> set[int]:
+        return {ours for pairs in self.maps for _, ours in pairs}
+
+
+class ContrastiveTerm(nn.Module):
+    """InfoNCE between projected last states (losses.info_nce); with several teachers the weighted mean of theirs."""
+
+    name = "contrastive"
+
+    def __init__(self, section: ContrastiveSection, student_width: int, teachers: list[Teacher], shares: list[float]):
+        super().__init__()
+        self.temperature, self.shares = section.temperature, shares
+        self.student_projection = nn.Linear(student_width, section.dim)
+        self.teacher_projections = nn.ModuleList(nn.Linear(teacher.width, section.dim) for teacher in teachers)
+
+    def forward(self, view: View) -> Outcome:
+        ours = self.student_projection(view.last)
+        values = sum(share * losses.info_nce(ours, project(_like(states, project)), self.temperature)
+                     for share, project, states in zip(self.shares, self.teacher_projections, view.teachers_last, strict=True))
+        return Outcome(values.mean(), {self.name: values.detach()})
+
+
+class AuxiliaryTerm(nn.Module):
+    """Classifiers on shallow blocks, each with the student's own objective (CE and KL to the same teachers).
+
+    Linear - GELU - Dropout - Linear to the vocabulary, or to the student's own head with `share_head`. Adaptive weights
+    are a classifier's share in the sum of all classifiers' losses, detached, computed for every sequence on its own (so that
+    accumulation cannot change them) and on losses that are means over tokens: a block that lags behind gets more.
+    """
+
+    name = "aux"
+
+    def __init__(self, section: AuxiliarySection, student_width: int, student_depth: int, entries: int, teachers: list[Teacher],
+                 shares: list[float]):
+        super().__init__()
+        if max(section.blocks) >= student_depth:
+            raise UserError(f"distillation.auxiliary.blocks: of the student's {student_depth} blocks, 1 ... {student_depth - 1} can have a "
+                            f"classifier (the last has the output head); given {section.blocks}")
+        self.blocks, self.adaptive, self.shares = section.blocks, section.weighting == "adaptive", shares
+        self.feature_weight = section.feature_weight
+        self.features, self.heads, self.projections = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for block in map(str, section.blocks):
+            self.features[block] = nn.Sequential(nn.Linear(student_width, student_width), nn.GELU(), nn.Dropout(section.dropout))
+            if not section.share_head:
+                self.heads[block] = nn.Linear(student_width, entries)
+            if self.feature_weight:
+                self.projections[block] = nn.ModuleList(nn.Linear(student_width, teacher.width) for teacher in teachers)
+
+    def forward(self, view: View) -> Outcome:
+        columns, losses_of_heads = {}, []
+        features = {block: self.features[str(block)](view.student[block]) for block in self.blocks}
+        heads = {block: self._head(block, view) for block in self.blocks}
+        weights = self._weights(view, features, heads)
+        for block in self.blocks:
+            terms = view.fused(features[block], heads[block], token_weights=weights[block])
+            losses_of_heads.append(terms.loss)
+            columns[f"aux{block}_ce"] = terms.ce
+            if view.fused.teacher_states:
+                columns[f"aux{block}_kl"] = terms.kl
+        total = sum(losses_of_heads)
+        if self.feature_weight:
+            distances = [self._feature_distance(view, block) for block in self.blocks]
+            columns["aux_features"] = sum(distances).detach() / len(self.blocks)
+            total = total + self.feature_weight * sum(distances).mean() / len(self.blocks)
+        return Outcome(total, columns)
+
+    def _head(self, block: int, view: View) -> Head:
+        if not self.heads:
+            return view.lm_head
+        return Head(self.heads[str(block)].weight, self.heads[str(block)].bias)
+
+    @torch.no_grad()
+    def _weights(self, view: View, features: dict[int, torch.Tensor], heads: dict[int, Head]) -> dict[int, torch.Tensor]:
+        """{block: [B, T-1]} weights that sum to 1 over the blocks."""
+        if not self.adaptive:
+            return {block: torch.full(view.targets.shape, 1 / len(self.blocks), device=view.targets.device) for block in self.blocks}
+        objective = view.fused.objective
+        per_sequence = {}
+        for block in self.blocks:  # a first pass without gradients: the weights are needed before the gradients are made
+            terms = view.fused(features[block], heads[block])
+            per_sequence[block] = (objective.w_ce * terms.ce + objective.w_kl * objective.temperature**2 * terms.kl).mean(1, keepdim=True)
+        total = sum(per_sequence.values())
+        return {block: (mean / total).expand(view.targets.shape) for block, mean in per_sequence.items()}
+
+    def _feature_distance(self, view: View, block: int) -> torch.Tensor:
+        return sum(share * losses.state_distance(project(view.student[block]), states)
+                   for share, project, states in zip(self.shares, self.projections[str(block)], view.teachers_last, strict=True))
+
+    def student_states(self) -> set[int]:
+        return set(self.blocks)
+
+
+def _like(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """Cached states in the type of the layer that reads them (autocast does the rest)."""
+    return states.to(layer.weight.dtype)
+
+
+# ---- The Distiller --------------------------------------------------------------------------------------------------
 
 
 class Distiller(nn.Module):
-    """loss = w_ce * CE + w_kl * T^2 * KL(teacher || student), every term a mean over predicted tokens, in nats.
+    """loss = w_ce CE + w_kl T^2 D(teachers, student) + w_hidden hidden + ..., every term a mean over predicted tokens, in nats.
 
     Args:
         student: causal language model to train.
-        teacher: causal language model to learn from, or None for cross-entropy only. It is frozen here, put into eval
-            mode for good, and is no submodule: it is neither saved, nor counted, nor given to DDP or the optimizer.
-        w_ce, w_kl: weights; a term with weight 0 is not computed in training.
-        temperature: T.
-        kl_reduction: "token_mean", or "batchmean" to reproduce published runs (see losses.reduce_kl).
+        teachers: those of `section.entries`, in order; frozen, and no submodules.
+        section: terms, weights, temperature, schedules; default: cross-entropy only.
+        compiled: compile the student, the teachers and the loss's elementwise body (torch.compile).
+
+    A term whose weight is 0 throughout is not built; one whose schedule is at 0 is not computed.
+
+    Raises:
+        UserError: a layer map or a classifier does not fit the depths of the models.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None = None, *, w_ce: float = 1.0, w_kl: float = 0.0,
-                 temperature: float = 1.0, kl_reduction: str = "token_mean"):
+    def __init__(self, student: nn.Module, teachers: list[Teacher] = (), section: DistillationSection = CROSS_ENTROPY, *,
+                 compiled: bool = False):
         super().__init__()
-        if teacher is None and w_kl:
+        self.student, self.teachers, self.section, self.compiled = student, list(teachers), section, compiled
+        if not self.teachers and section.weights[1].largest > 0:
             raise ValueError("w_kl is positive but there is no teacher")
-        self.student = student
-        self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else None  # a tuple hides it from nn.Module
-        self.w_ce, self.w_kl = w_ce, w_kl
-        self.temperature, self.kl_reduction = temperature, kl_reduction
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        """The frozen teacher, or None."""
-        return self._teacher[0] if self._teacher else None
+        self.progress = 0.0  # share of the run's steps that is done, for schedules; set by the trainer
+        total = sum(teacher.entry.weight for teacher in self.teachers)
+        self.shares = [teacher.entry.weight / total for teacher in self.teachers]
+        self._joint_head: Head | None = None  # several teachers whose logits are averaged, as one product
+        body, linear = models.body_and_head(student)
+        self._halves = (body, linear)  # in a tuple: they are part of the student, and must not be registered twice
+        config = student.config
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.depth = depth
+        self.terms = nn.ModuleDict()
+        if section.hidden and section.hidden.weight.largest > 0:
+            self.terms["hidden"] = HiddenTerm(section.hidden, width, depth, self.teachers, self.shares)
+        if section.contrastive and section.contrastive.weight.largest > 0:
+            self.terms["contrastive"] = ContrastiveTerm(section.contrastive, width, self.teachers, self.shares)
+        if section.auxiliary and section.auxiliary.weight.largest > 0:
+            entries = student.get_output_embeddings().weight.shape[0]
+            self.terms["auxiliary"] = AuxiliaryTerm(section.auxiliary, width, depth, entries, self.teachers, self.shares)
+        if self.terms and self._halves[1] is None:
+            raise UserError("hidden, auxiliary and contrastive need a student whose logits are one linear layer of its last hidden state")
+        if compiled:
+            body.compile()
+            for teacher in self.teachers:
+                if teacher.body is not None:
+                    teacher.body.compile()
 
     def to_device(self, device: torch.device) -> "Distiller":
-        """Move the teacher along with the student (as a non-submodule it does not follow `.to`)."""
-        if self._teacher:
-            self._teacher[0].to(device)
+        """Move the teachers along with the student (no submodules, they do not follow `.to`)."""
+        for teacher in self.teachers:
+            teacher.to(device)
         return self.to(device)
 
-    def token_terms(self, input_ids: torch.Tensor, *, everything: bool = False) -> dict[str, torch.Tensor]:
-        """Each term at each predicted position.
+    # -- the loss
+
+    def forward(self, input_ids: torch.Tensor, **cached: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Scalars {"loss", "ce", "kl", ...}: `loss` to be differentiated, the others means over tokens, to be logged.
 
         Args:
             input_ids: [B, T] int64; no padding, so no attention mask.
-            everything: also the terms whose weight is 0 (validation reports CE always).
-
-        Returns:
-            {"ce": [B, T-1], "kl": [B, T-1]} in nats; KL without its factor T^2.
+            cached: teacher states [B, T-1, width] by `state_key`, where they are read from a cache.
         """
-        logits = self.student(input_ids=input_ids, use_cache=False).logits
-        terms = {}
-        if self.w_ce or everything:
-            terms["ce"] = losses.token_cross_entropy(logits, input_ids)
-        if self.teacher is not None and (self.w_kl or everything):
-            with torch.no_grad():
-                teacher_logits = self.teacher(input_ids=input_ids, use_cache=False).logits
-            terms["kl"] = losses.token_kl(logits, teacher_logits, self.temperature)
-        return terms
+        loss, columns = self._compute(input_ids, cached, everything=False)
+        return {"loss": loss, **{name: values.detach().mean() for name, values in columns.items()}}
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalars {"loss", "ce", "kl"}: `loss` to be differentiated, the others means over tokens, to be logged."""
-        terms = self.token_terms(input_ids)
-        loss = input_ids.new_zeros((), dtype=torch.float32)
-        if "ce" in terms:
-            loss = loss + self.w_ce * terms["ce"].mean()
-        if "kl" in terms:
-            loss = loss + self.w_kl * self.temperature**2 * losses.reduce_kl(terms["kl"], self.kl_reduction)
-        return {"loss": loss, **{name: values.detach().mean() for name, values in terms.items()}}
+    def token_terms(self, input_ids: torch.Tensor, *, everything: bool = True, **cached: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every column at each predicted position, [B, T-1]; KL without its factor T^2. For validation: call it without gradients.
+
+        Args:
+            everything: also CE and KL whose weight is 0, and every teacher's own figures on the whole batch.
+        """
+        return self._compute(input_ids, cached, everything)[1]
+
+    def _compute(self, input_ids: torch.Tensor, cached: dict[str, torch.Tensor], everything: bool) -> tuple[torch.Tensor, dict]:
+        weights = {name: weight.at(self.progress) for name, weight in self.weights().items()}
+        active = [name for name in self.terms if weights[name] > 0 or everything]
+        w_kl = weights["kl"] * losses.kl_scale(self.section.kl_reduction, input_ids.shape[1])
+        with_kl = bool(self.teachers) and (w_kl > 0 or everything)
+        student, head = self._student_states(input_ids, active)
+        teachers = self._teacher_states(input_ids, cached) if with_kl or active else []
+        objective = replace(self._objective(), w_ce=weights["ce"], w_kl=w_kl if with_kl else 0.0)
+        fused = self._fused(input_ids, teachers if with_kl else [], objective)
+        view = View(input_ids[:, 1:], student, teachers, fused, head)
+
+        columns: dict[str, torch.Tensor] = {}
+        loss = view.last.new_zeros((), dtype=torch.promote_types(view.last.dtype, torch.float32))
+        if weights["ce"] or w_kl or everything:
+            terms = fused(view.last, head)
+            loss = loss + terms.loss
+            if weights["ce"] or everything:
+                columns["ce"] = terms.ce
+            if with_kl:
+                columns["kl"] = terms.kl
+        for name in active:
+            outcome = self.terms[name](view)
+            loss = loss + weights[name] * outcome.loss
+            columns |= outcome.columns
+        for name in self.terms.keys() - set(active):  # DDP waits for a gradient of every parameter
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.terms[name].parameters())
+        if with_kl:
+            columns |= self._each_teacher(view, everything)
+        return loss, columns
+
+    def _student_states(self, input_ids: torch.Tensor, active: list[str]) -> tuple[dict[int, torch.Tensor], Head]:
+        linear = self._halves[1]
+        if linear is None:  # the whole model makes the logits, and the loss takes those
+            return {self.depth: self.student(input_ids=input_ids, use_cache=False).logits[:, :-1]}, Head(None)
+        wanted = set().union(*(self.terms[name].student_states() for name in active if hasattr(self.terms[name], "student_states")))
+        output = self._halves[0](input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted - {self.depth}))
+        states = {state: output.hidden_states[state][:, :-1] for state in wanted - {self.depth}}
+        return {**states, self.depth: output.last_hidden_state[:, :-1]}, Head(linear.weight, linear.bias)
+
+    def _teacher_states(self, input_ids: torch.Tensor, cached: dict[str, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+        found = []
+        for number, teacher in enumerate(self.teachers):
+            wanted = Teacher.wanted_states(self.section, teacher.entry, teacher.depth)
+            found.append(teacher.states(input_ids, wanted) if teacher.body is not None else
+                         {state: cached[state_key(number, state)] for state in wanted})
+        return found
+
+    def _objective(self) -> losses.LogitObjective:
+        section = self.section
+        return losses.LogitObjective(temperature=section.temperature.at(self.progress), label_smoothing=section.label_smoothing,
+                                     divergence=section.divergence, jsd_beta=section.jsd_beta or 0.5, top_k=section.approximate_top_k,
+                                     top_p=section.approximate_top_p, combine=section.combine)
+
+    def _fused(self, input_ids: torch.Tensor, teachers: list[dict[int, torch.Tensor]], objective: losses.LogitObjective) -> FusedLoss:
+        states = [states[teacher.depth] for teacher, states in zip(self.teachers, teachers, strict=bool(teachers))]
+        heads, shares = [teacher.head for teacher in self.teachers] if teachers else [], self.shares
+        if len(heads) > 1 and self.section.combine == "logits":  # one product of concatenated states
+            if self._joint_head is None:
+                self._joint_head = losses.as_one_teacher([], heads, self.shares)[1]
+            states, heads, shares = [torch.cat(states, dim=-1)], [self._joint_head], None
+        return FusedLoss(input_ids[:, 1:], objective, states, heads, shares, self.compiled)
+
+    @torch.no_grad()
+    def _each_teacher(self, view: View, everything: bool) -> dict[str, torch.Tensor]:
+        """Each teacher's own CE and, where there are several, its own KL to the student.
+
+        In training on the first sequence of the micro-batch alone: a figure for the log is not worth another pass over
+        the vocabulary for every token.
+        """
+        rows = slice(None) if everything else slice(0, 1)
+        columns = {}
+        for number, (teacher, states) in enumerate(zip(self.teachers, view.teachers, strict=True), 1):
+            last = states[teacher.depth][rows]
+            alone = FusedLoss(view.targets[rows], losses.LogitObjective(), compiled=False)
+            columns[f"teacher{number}_ce"] = alone(last, teacher.head).ce
+            if len(self.teachers) > 1:
+                objective = replace(view.fused.objective, w_kl=1.0)
+                pair = replace(alone, objective=objective, teacher_states=[last], teacher_heads=[teacher.head])
+                columns[f"teacher{number}_kl"] = pair(view.last[rows], view.lm_head).kl
+        return columns
+
+    # -- what it says of itself
+
+    def weights(self) -> dict:
+        """{term: Schedule of its weight}."""
+        section = self.section
+        w_ce, w_kl = section.weights
+        return {"ce": w_ce, "kl": w_kl, **{name: getattr(section, name).weight for name in self.terms}}
+
+    def columns(self) -> list[str]:
+        """Names of what validation reports, the same on every process."""
+        names = ["ce"]
+        if self.teachers:
+            names += ["kl", *(f"teacher{n}_ce" for n in range(1, len(self.teachers) + 1))]
+            names += [f"teacher{n}_kl" for n in range(1, len(self.teachers) + 1)] if len(self.teachers) > 1 else []
+        names += [name for name in ("hidden", "contrastive") if name in self.terms]
+        if "auxiliary" in self.terms:
+            term = self.terms["auxiliary"]
+            kinds = ("ce", "kl") if self.teachers else ("ce",)
+            names += [f"aux{block}_{kind}" for block in term.blocks for kind in kinds] + ["aux_features"] * bool(term.feature_weight)
+        return names
+
+    def scheduled(self) -> dict[str, float]:
+        """Present values of what changes over training, for the log."""
+        values = {f"w_{name}": weight for name, weight in self.weights().items()} | {"temperature": self.section.temperature}
+        return {name: schedule.at(self.progress) for name, schedule in values.items() if not schedule.constant}
 
     def describe(self, seq_len: int) -> str:
         """The loss in one line, with the effective lambda that recipes are compared by."""
-        if self.teacher is None:
-            return "loss = CE"
-        weight = losses.effective_lambda(self.w_ce, self.w_kl, self.kl_reduction, seq_len)
-        return (f"loss = {self.w_ce:g} CE + {self.w_kl:g} T^2 KL(teacher || student), T = {self.temperature:g}, "
-                f"{self.kl_reduction}: effective lambda = {weight:g}")
+        section = self.section
+        w_ce, w_kl = section.weights
+        smoothed = f" (label smoothing {section.label_smoothing:g})" if section.label_smoothing else ""
+        parts = [f"{w_ce} CE{smoothed}"] if w_ce.largest else []
+        if self.teachers and w_kl.largest:
+            name = {"forward_kl": "KL(teacher || student)", "reverse_kl": "KL(student || teacher)",
+                    "jsd": f"JSD(beta {section.jsd_beta or 0.5:g})"}[section.divergence]
+            restricted = f" on the top {section.approximate_top_k} entries (an approximation)" if section.approximate_top_k else (
+                f" on the top {section.approximate_top_p:g} of the mass (an approximation)" if section.approximate_top_p else "")
+            parts.append(f"{w_kl} T^2 {name}{restricted}")
+        parts += [f"{self.weights()[name]} {name}" for name in self.terms]
+        line = "loss = " + " + ".join(parts)
+        if line == "loss = 1 CE":
+            line = "loss = CE"
+        if self.teachers and w_kl.largest:
+            weight = losses.effective_lambda(w_ce.start, w_kl.start, section.kl_reduction, seq_len)
+            line += f", T = {section.temperature}, {section.kl_reduction}: effective lambda = {weight:g}"
+            line += "" if w_ce.constant and w_kl.constant else " at the start"
+        if len(self.teachers) > 1:
+            line += f"; mean of {section.combine} of " + ", ".join(f"{share:.2g} {teacher.entry.path}"
+                                                                     for share, teacher in zip(self.shares, self.teachers, strict=True))
+        return line + ("; the loss takes whole logits, because the student's are no plain linear layer" if self._halves[1] is None else "")
 
 
 def trainable_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from babylm.config import LoraSection, ModelSection, TrainingSection, UserError
-from custom_dataset import tokenizer_fingerprint
+from custom_dataset import file_sha256, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -157,15 +157,65 @@ def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
         raise UserError(f"cannot load the model {path}: {_first_line(error)}") from error
 
 
+def load_config(path: str) -> transformers.PretrainedConfig:
+    """The config of a model folder or hub name; of the base, where the folder holds an adapter."""
+    if adapter := _adapter_settings(path):
+        path = adapter["base_model_name_or_path"]
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=Path(path).exists())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config of {path}: {_first_line(error)}") from error
+
+
+def weights_fingerprint(path: str) -> str:
+    """A hash of a model folder's weights, of adapter and base where it holds an adapter; a hub name stands for itself."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    own = "-".join(file_sha256(file)[:16] for file in files) or path
+    adapter = _adapter_settings(path)
+    return f"{own}+{weights_fingerprint(adapter['base_model_name_or_path'])}" if adapter else own
+
+
+def _adapter_settings(path: str) -> dict | None:
+    file = Path(path) / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def load_teacher(path: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A teacher with the vocabulary of the data; checked before its weights are read."""
+    """A teacher with the vocabulary of the data, checked before its weights are read; an adapter is merged into its base."""
     require_same_vocabulary(path, tokenizer, "teacher")
-    teacher = load_causal_lm(path)
+    if _adapter_settings(path):
+        require_adapter_packages("lora")
+        from peft import AutoPeftModelForCausalLM
+
+        teacher = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
+    else:
+        teacher = load_causal_lm(path)
     rows = teacher.get_output_embeddings().weight.shape[0]
     if rows != len(tokenizer):
         raise UserError(f"the teacher {path} predicts {rows} entries but the tokenizer has {len(tokenizer)}: its embedding was "
                         "resized; resize it back or train a teacher on this tokenizer")
     return teacher
+
+
+def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
+    """A causal model's two halves: ids -> last hidden state, and the linear layer that makes logits of it.
+
+    The head is None where it is no plain linear layer (adapted or quantised), or where the logits are not its output alone
+    (scaled or capped): then only the whole model computes them. Probed with four tokens.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # what peft wraps
+    body, head = base.base_model, base.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):  # peft: a head trained in full beside the adapters
+        head = head.modules_to_save[head.active_adapter] if isinstance(head.active_adapter, str) else None
+    if type(head) is not nn.Linear or body is base:
+        return body, None
+    was_training = model.training
+    with torch.no_grad():
+        ids = torch.arange(4, device=head.weight.device)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        whole, halves = model.eval()(**inputs).logits, head(body(**inputs).last_hidden_state)
+    model.train(was_training)
+    return body, head if torch.allclose(whole, halves, rtol=1e-4, atol=1e-5) else None
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -196,10 +246,8 @@ def forward_flops_per_token(model: nn.Module, seq_len: int) -> float:
     """Multiply-adds of a forward pass, times 2, per token: 2 per weight of every matrix (the head included, the embedding
     lookup not) and 2*2*T*width per block for attention (Kaplan et al. 2020, appendix; backward costs twice as much)."""
     config = model.config
-    head = model.get_output_embeddings().weight
-    body = [p for p in model.parameters() if p.dim() >= 2]
-    lookup = model.get_input_embeddings().weight
-    matrices = sum(_numel(p) for p in body if p is not lookup and p is not head) + head.numel()
+    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    matrices = sum(_numel(p) for p in model.parameters() if p.dim() >= 2 and p is not lookup and p is not head) + head.numel()
     return 2.0 * matrices + 4.0 * seq_len * config.hidden_size * config.num_hidden_layers
 
 

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from babylm import losses, models
+from babylm import models
 from babylm.config import UserError
+from babylm.distillation import Distiller
 from babylm.run_folder import read_finished, require_finished, run_stage, write_json
 from custom_dataset import EvalBlocks, TokenStore, open_store
 
-Terms = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # [B, T] ids -> {name: [B, T-1] nats}
+Terms = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]  # {"input_ids": [B, T], ...} -> {name: [B, T-1] nats}
 
 
 # ---- Validation text ------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def domain_sums(terms: Terms, blocks: EvalBlocks, chosen: Iterable[Sequence[int]
     """Sum per-token values over the domains of the predicted tokens.
 
     Args:
-        terms: maps input ids [B, T] to values [B, T-1] per term.
+        terms: maps a batch (input_ids [B, T], and cached teacher states if the blocks carry them) to values [B, T-1] per term.
         blocks: validation blocks.
         chosen: batches of indices into `blocks`.
 
@@ -48,9 +49,10 @@ def domain_sums(terms: Terms, blocks: EvalBlocks, chosen: Iterable[Sequence[int]
     sums: dict[str, torch.Tensor] = {}
     for batch in chosen:
         items = [blocks[index] for index in batch]
-        domain = torch.stack([item["domains"][1:] for item in items]).to(device).flatten()
+        stacked = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+        domain = stacked.pop("domains")[:, 1:].flatten()
         counts += torch.bincount(domain, minlength=len(counts))
-        for name, values in terms(torch.stack([item["input_ids"] for item in items]).to(device)).items():
+        for name, values in terms(stacked).items():
             sums.setdefault(name, torch.zeros_like(counts)).scatter_add_(0, domain, values.double().flatten())
     return counts, sums
 
@@ -280,8 +282,8 @@ def score_model(folder: Path, store: TokenStore, data_tokenizer: PreTrainedToken
     models.require_same_vocabulary(str(folder), data_tokenizer, "model")
     blocks = EvalBlocks(store, seq_len, len(store))
     batches = [range(i, min(i + 16, len(blocks))) for i in range(0, len(blocks), 16)]
-    counts, sums = domain_sums(lambda ids: {"ce": losses.token_cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)},
-                               blocks, batches, model.device)
+    distiller = Distiller(model)
+    counts, sums = domain_sums(lambda batch: distiller.token_terms(**batch), blocks, batches, model.device)
     pairs = pair_accuracy(rows, lambda sentences: sentence_logprobs(model, tokenizer, sentences)) if rows else None
     finished = read_finished(folder) or {}
     return score(means(counts, sums, store.domains), pairs, name=folder.name, kind="neural", parameters=models.count_parameters(model),
@@ -296,8 +298,8 @@ def score_ngram(folder: Path, corpus: str, store: TokenStore, seq_len: int, rows
     ngram = NgramModel(order, len(tokenizer)).fit(np.asarray(train.ids))
     seconds = time.monotonic() - began
 
-    def terms(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"ce": torch.stack([torch.from_numpy(-ngram.logprobs(row.numpy())[1:]) for row in ids])}
+    def terms(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ce": torch.stack([torch.from_numpy(-ngram.logprobs(row.numpy())[1:]) for row in batch["input_ids"]])}
 
     blocks = EvalBlocks(store, seq_len, len(store))
     counts, sums = domain_sums(terms, blocks, [range(len(blocks))], torch.device("cpu"))

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from babylm.run_folder import (
     seal,
     write_json,
 )
-from custom_dataset import EvalBlocks, TextPart, TokenBlocks, file_sha256, open_store, tokenizer_fingerprint
+from custom_dataset import EvalBlocks, TextPart, TokenBlocks, open_store, tokenizer_fingerprint
 
 MILLION = 1_000_000
 # Revision names that the official evaluation loops over.
@@ -59,23 +60,23 @@ def start_process(config: RunConfig) -> torch.device:
     return PartialState(cpu=device.type == "cpu").device  # with several GPUs: the one of this process
 
 
-def open_run(config: RunConfig, stage: str, teacher: str | None = None) -> RunFolder | None:
+def open_run(config: RunConfig, stage: str, teachers: Sequence[str] = ()) -> RunFolder | None:
     """Check what the run reads and open its folder; None (with a line for the user) if the run is finished already.
 
     The run's identity holds the content of what is read: text, tokenizer and teacher weights, not where they lie.
     """
     state = PartialState()
-    if teacher:
+    for teacher in teachers:
         require_finished(teacher, f"{stage}: distillation.teacher")
     data = {"train": TextPart(config.data.corpus, "train").sha256,
             "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256}
     tokenizer = models.load_tokenizer(tokenizer_path(config))
     data["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if config.model.path:
-        data["base"] = weights_fingerprint(config.model.path)
-    if teacher:
+        data["base"] = models.weights_fingerprint(config.model.path)
+    for number, teacher in enumerate(teachers, 1):
         models.require_same_vocabulary(teacher, tokenizer, "teacher")
-        data["teacher"] = weights_fingerprint(teacher)
+        data["teacher" if number == 1 else f"teacher{number}"] = models.weights_fingerprint(teacher)
     folder = RunFolder(config, stage, main=state.is_main_process)
     with state.main_process_first():  # the main process checks, records and cleans up before the others look
         folder.resume_from = folder.open(data)
@@ -94,12 +95,6 @@ def tokenizer_path(config: RunConfig) -> str:
     return config.data.tokenizer or str(Path(config.data.corpus) / "tokenizer")
 
 
-def weights_fingerprint(path: str) -> str:
-    """A hash of a model folder's weights; a hub name stands for itself."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    return "-".join(file_sha256(file)[:16] for file in files) or path
-
-
 @dataclass
 class Data:
     """What a run reads: the tokenizer, all training items in order, and a fixed sample for validation."""
@@ -114,7 +109,7 @@ def load_data(config: RunConfig) -> Data:
     tokenizer = models.load_tokenizer(tokenizer_path(config))
     section = config.data
     train = TokenBlocks(open_store(section.corpus, "train", tokenizer), section.seq_len, config.seed,
-                        random_chunk=section.random_chunk, offset_cycle=section.offset_cycle)
+                        random_chunk=section.random_chunk, offset_cycle=section.offset_cycle, offset_seed=section.offset_seed)
     train.items = total_steps(config, train) * config.training.batch_size
     val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", tokenizer), section.seq_len, section.eval_blocks)
     return Data(tokenizer, train, val)
@@ -171,11 +166,10 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     """
     stop = StopRequest()
     state = PartialState()
-    for role, model in (("student", distiller.student), ("teacher", distiller.teacher)):
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if limit and config.data.seq_len > limit:
-            raise UserError(f"data.seq_len {config.data.seq_len} exceeds the {limit} positions of the {role}: use shorter blocks, or "
-                            "a model with more positions")
+    require_positions("student", distiller.student, config.data.seq_len)
+    for teacher in distiller.teachers:
+        if teacher.model is not None:
+            require_positions(f"teacher {teacher.entry.path}", teacher.model, config.data.seq_len)
     per_device, accumulation = accumulation_steps(config, state.num_processes)
     steps = len(data.train) // config.training.batch_size
     if state.is_main_process:
@@ -183,10 +177,6 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     if config.training.gradient_checkpointing:
         distiller.student.gradient_checkpointing_enable()
         distiller.student.enable_input_require_grads()
-    if config.training.compile:
-        distiller.student.compile()
-        if distiller.teacher is not None:
-            distiller.teacher.compile()
     distiller.to_device(device)
     trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop)
     folder.set_status("running")
@@ -198,6 +188,14 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     trainer.finish()
 
 
+def require_positions(role: str, model: torch.nn.Module, seq_len: int) -> None:
+    """UserError if blocks are longer than the model has positions for."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit and seq_len > limit:
+        raise UserError(f"data.seq_len {seq_len} exceeds the {limit} positions of the {role}: use shorter blocks, or a model with "
+                        "more positions")
+
+
 def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int, per_device: int, accumulation: int,
                 processes: int, device: torch.device) -> None:
     training, seq_len = config.training, config.data.seq_len
@@ -206,8 +204,9 @@ def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int,
     words = data.train.words_through(len(data.train))
     trained = sum(p.numel() for _, p in trainable_parameters(distiller))
     student_flops = 3 * models.forward_flops_per_token(distiller.student, seq_len)
-    teacher_flops = models.forward_flops_per_token(distiller.teacher, seq_len) if distiller.teacher is not None else 0.0
-    share = f", teacher {teacher_flops / (teacher_flops + student_flops):.0%} of it" if teacher_flops else ""
+    teacher_flops = sum(teacher.flops_per_token(seq_len) for teacher in distiller.teachers)
+    cached = " (states from the cache)" if any(teacher.model is None for teacher in distiller.teachers) else ""
+    share = f", teaching {teacher_flops / (teacher_flops + student_flops):.0%} of it{cached}" if teacher_flops else ""
     total = (student_flops + teacher_flops) * tokens * steps
     print(f"model      {models.count_parameters(distiller.student):,} parameters, {trained:,} trained; "
           f"{(student_flops + teacher_flops) / 1e6:,.1f} MFLOP per token{share}; {total:.2g} FLOP in all")
@@ -248,6 +247,7 @@ class DistillTrainer(Trainer):
     def __init__(self, config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller, steps: int, per_device: int,
                  accumulation: int, stop: StopRequest):
         self.config, self.folder, self.data, self.stop = config, folder, data, stop
+        self.distiller = distiller
         self.stopped_by = ""
         self.progress = Progress()
         self._meter: dict[str, torch.Tensor] = {}
@@ -321,10 +321,10 @@ class DistillTrainer(Trainer):
         first, stride = self.args.process_index * batch, self.args.world_size * batch
         mine = [range(start, min(start + batch, len(blocks))) for start in range(first, len(blocks), stride)]
         with self.accelerator.autocast():
-            counts, sums = scoring.domain_sums(lambda ids: distiller.token_terms(ids, everything=True), blocks, mine, self.args.device)
+            counts, sums = scoring.domain_sums(lambda batch: distiller.token_terms(**batch), blocks, mine, self.args.device)
         distiller.train(was_training)
         # A process without blocks has no terms, but must join the sum: the names are the same everywhere.
-        names = ["ce", "kl"] if distiller.teacher is not None else ["ce"]
+        names = distiller.columns()
         table = torch.stack([counts] + [sums.get(name, torch.zeros_like(counts)) for name in names])
         counts, *columns = self.accelerator.reduce(table, "sum").cpu()
         return scoring.means(counts, dict(zip(names, columns, strict=True)), blocks.store.domains)
@@ -370,7 +370,7 @@ class DistillTrainer(Trainer):
         self._window_step, self._window_began = step, now
         tokens = self.config.training.batch_size * self.config.data.seq_len
         row = {"kind": "train", **self._where(), "total_steps": self.args.max_steps, **dict(zip(names, means, strict=True)),
-               "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_s": rate * tokens}
+               **self.distiller.scheduled(), "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_s": rate * tokens}
         self.folder.append_metrics(row)
         left = datetime.timedelta(seconds=round((self.args.max_steps - step) / rate))
         self._say(f"step {step:>6,}/{self.args.max_steps:,} | words {row['words'] / 1000:,.1f}K | epoch {row['epoch']:.2f} | "
@@ -390,7 +390,8 @@ class DistillTrainer(Trainer):
         return self.progress.seconds + time.monotonic() - self._began
 
     def _show(self, row: dict[str, Any]) -> str:
-        shown = [f"{name} {row[name]:.4f}" for name in ("ce", "kl") if name in row]
+        names = [name for name in self.distiller.columns() if name in row and not name.startswith("teacher")]
+        shown = [f"{name} {row[name]:.4f}" for name in names]
         return " | ".join(shown + ([f"perplexity {row['perplexity']:.2f}"] if "perplexity" in row else []))
 
     def _say(self, line: str) -> None:
@@ -521,12 +522,12 @@ class DistillTrainer(Trainer):
         validation = next(row for row in reversed(rows) if row["kind"] == "eval" and row["step"] == step)
         seen = self.data.train.words_through(self.state.global_step * self.config.training.batch_size)
         at_step = self.data.train.words_through(step * self.config.training.batch_size)
-        teacher = getattr(getattr(self.config, "distillation", None), "teacher", None)
+        teachers = [teacher.entry.path for teacher in self.distiller.teachers]
         manifest = TextPart(self.config.data.corpus, "train").manifest
         ledger = {"corpus_words": self.data.train.store.meta["words"], "words_seen": seen,
                   "tokenizer_words": manifest["tokenizer"]["trained_on_words"], "generated_words": 0,
-                  "teacher": {"path": teacher, "ledger": (read_finished(Path(teacher)) or {}).get("ledger")} if teacher else None}
-        kept = ("ce", "kl", "perplexity", "ce_by_domain")
+                  "teachers": [{"path": path, "ledger": (read_finished(Path(path)) or {}).get("ledger")} for path in teachers]}
+        kept = (*self.distiller.columns(), "perplexity", "ce_by_domain")
         return {"steps": self.state.global_step, "weights_from_step": step, "words_seen": at_step,
                 "seconds": round(self.seconds(), 1), "parameters": models.count_parameters(self.model.student),
                 **{name: validation[name] for name in kept if name in validation}, "ledger": ledger}
@@ -542,6 +543,9 @@ class RunCallback(TrainerCallback):
         self.trainer._began = self.trainer._window_began = time.monotonic()
         if self.trainer.stop:
             raise Preempted(f"{self.trainer.stop.signal_name} before the first step; the same command starts again")
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.distiller.progress = state.global_step / max(args.max_steps - 1, 1)  # 0 at the first step, 1 at the last
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         trainer, config, step = self.trainer, self.trainer.config, state.global_step
