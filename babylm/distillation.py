@@ -294,7 +294,7 @@ class Distiller(nn.Module):
         self.progress = 0.0  # share of the run's steps that is done, for schedules; set by the trainer
         total = sum(teacher.entry.weight for teacher in self.teachers)
         self.shares = [teacher.entry.weight / total for teacher in self.teachers]
-        self._joint_head: Head | None = None  # several teachers whose logits are averaged, as one product
+        self._heads: tuple[list[Head], Head | None] | None = None  # see _teacher_heads
         body, linear = models.body_and_head(student)
         self._halves = (body, linear)  # in a tuple: they are part of the student, and must not be registered twice
         config = student.config
@@ -320,6 +320,7 @@ class Distiller(nn.Module):
         """Move the teachers along with the student (no submodules, they do not follow `.to`)."""
         for teacher in self.teachers:
             teacher.to(device)
+        self._heads = None
         return self.to(device)
 
     # -- the loss
@@ -396,13 +397,26 @@ class Distiller(nn.Module):
                                      top_p=section.approximate_top_p, combine=section.combine)
 
     def _fused(self, input_ids: torch.Tensor, teachers: list[dict[int, torch.Tensor]], objective: losses.LogitObjective) -> FusedLoss:
-        states = [states[teacher.depth] for teacher, states in zip(self.teachers, teachers, strict=bool(teachers))]
-        heads, shares = [teacher.head for teacher in self.teachers] if teachers else [], self.shares
-        if len(heads) > 1 and self.section.combine == "logits":  # one product of concatenated states
-            if self._joint_head is None:
-                self._joint_head = losses.as_one_teacher([], heads, self.shares)[1]
-            states, heads, shares = [torch.cat(states, dim=-1)], [self._joint_head], None
-        return FusedLoss(input_ids[:, 1:], objective, states, heads, shares, self.compiled)
+        if not teachers:
+            return FusedLoss(input_ids[:, 1:], objective, compiled=self.compiled)
+        states = [states[teacher.depth] for teacher, states in zip(self.teachers, teachers, strict=True)]
+        heads, joint = self._teacher_heads(input_ids.device.type)
+        if joint:
+            return FusedLoss(input_ids[:, 1:], objective, [losses.joint_states(states, self.shares)], [joint], compiled=self.compiled)
+        return FusedLoss(input_ids[:, 1:], objective, states, heads, self.shares, self.compiled)
+
+    def _teacher_heads(self, device: str) -> tuple[list[Head], Head | None]:
+        """Every teacher's head in the type of the products, and the joint one where logits are averaged; made once."""
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.teachers[0].head.weight.dtype
+        if self._heads is None or self._heads[0][0].weight.dtype != dtype:
+            heads = [Head(*(part.detach().to(dtype) if part is not None else None for part in teacher.head)) for teacher in self.teachers]
+            joint = None
+            if len(heads) > 1 and self.section.combine == "logits":
+                joint = losses.joint_head(heads, self.shares)
+                slices = joint.weight.split([teacher.width for teacher in self.teachers], dim=1)
+                heads = [Head(weight, head.bias) for weight, head in zip(slices, heads, strict=True)]  # no second copy
+            self._heads = heads, joint
+        return self._heads
 
     @torch.no_grad()
     def _each_teacher(self, view: View, everything: bool) -> dict[str, torch.Tensor]:
@@ -413,13 +427,14 @@ class Distiller(nn.Module):
         """
         rows = slice(None) if everything else slice(0, 1)
         columns = {}
-        for number, (teacher, states) in enumerate(zip(self.teachers, view.teachers, strict=True), 1):
+        heads, _ = self._teacher_heads(view.targets.device.type)
+        for number, (teacher, head, states) in enumerate(zip(self.teachers, heads, view.teachers, strict=True), 1):
             last = states[teacher.depth][rows]
             alone = FusedLoss(view.targets[rows], losses.LogitObjective(), compiled=False)
-            columns[f"teacher{number}_ce"] = alone(last, teacher.head).ce
+            columns[f"teacher{number}_ce"] = alone(last, head).ce
             if len(self.teachers) > 1:
                 objective = replace(view.fused.objective, w_kl=1.0)
-                pair = replace(alone, objective=objective, teacher_states=[last], teacher_heads=[teacher.head])
+                pair = replace(alone, objective=objective, teacher_states=[last], teacher_heads=[head])
                 columns[f"teacher{number}_kl"] = pair(view.last[rows], view.lm_head).kl
         return columns
 

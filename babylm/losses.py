@@ -279,10 +279,10 @@ def fused_linear_distillation(states: torch.Tensor, head: Head, targets: torch.T
         targets: [N] int64, the next token of each; `IGNORED` ones cost nothing.
         objective: weights, temperature, divergence. Its w_kl needs teachers.
         teacher_states, teacher_heads: [N, D_k] and the head of each teacher; never differentiated. For a mean of logits,
-            pass the states and heads through `as_one_teacher`, which makes several teachers one product.
+            `joint_states` and `joint_head` make several teachers one product.
         weights: of the teachers, summing to 1; default: equal.
         token_weights: [N] factors on each token's loss (not on the logged terms).
-        chunk: tokens at a time; default: as many as make 64 MB of logits on a CPU, 512 MB on a GPU.
+        chunk: tokens at a time; default: as many as make 64 MB of logits on a CPU, 256 MB on a GPU.
         compiled: compile the elementwise body with torch.compile (needs a C++ compiler on CPUs).
 
     Returns:
@@ -295,23 +295,23 @@ def fused_linear_distillation(states: torch.Tensor, head: Head, targets: torch.T
     if objective.w_kl and not teacher_states:
         raise ValueError("w_kl is positive but there is no teacher")
     entries = head.weight.shape[0] if head.weight is not None else states.shape[-1]
-    chunk = chunk or max(32, (2**26 if device == "cpu" else 2**29) // (entries * dtype.itemsize))
+    chunk = chunk or max(32, (2**26 if device == "cpu" else 2**28) // (entries * dtype.itemsize))
     work = _Work(objective, list(teacher_states), list(teacher_heads), weights, token_weights, chunk, compiled, dtype,
                  torch.is_grad_enabled())
     return FusedTerms(*_Fused.apply(states, head.weight, head.bias, targets, work))
 
 
-def as_one_teacher(states: list[torch.Tensor], heads: list[Head], weights: list[float]) -> tuple[torch.Tensor | None, Head]:
-    """Several teachers whose logits are averaged, as one: the weighted mean of sum_k w_k (h_k W_k^T + b_k) is a single
-    product of the concatenated states with the concatenated weights.
-
-    Returns:
-        ([..., sum of D_k] states, or None for `states` empty, and the joint head). The head is made once and reused.
+def joint_states(states: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """States [..., D_k] of teachers whose logits are averaged -> [..., sum of D_k], to be read by their `joint_head`:
+    sum_k w_k (h_k W_k^T + b_k) is a single product of [w_1 h_1, w_2 h_2, ...] with [W_1, W_2, ...].
     """
-    pairs = list(zip(weights, heads, strict=True))
-    biases = [weight * head.bias for weight, head in pairs if head.bias is not None]
-    joint = Head(torch.cat([weight * head.weight for weight, head in pairs], dim=1), sum(biases) if biases else None)
-    return (torch.cat(states, dim=-1) if states else None), joint
+    return torch.cat([weight * theirs for weight, theirs in zip(weights, states, strict=True)], dim=-1)
+
+
+def joint_head(heads: list[Head], weights: list[float]) -> Head:
+    """The one head of teachers whose logits are averaged: weight [V, sum of D_k], of which each teacher's is a slice."""
+    biases = [weight * head.bias for weight, head in zip(weights, heads, strict=True) if head.bias is not None]
+    return Head(torch.cat([head.weight for head in heads], dim=1), sum(biases) if biases else None)
 
 
 class _Work(NamedTuple):
@@ -397,8 +397,9 @@ def _chunk(logits: torch.Tensor, taught: list[torch.Tensor], targets: torch.Tens
            gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, ce, kl) of n tokens, [n] each; with `gradient`, `logits` [n, V] is overwritten by d(sum of loss)/d(logits)."""
     objective = work.objective
-    # On a CPU a few rows at a time stay in its cache through all passes over them; a GPU wants few large kernels.
-    step = max(1, ROWS_IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" and not work.compiled else len(logits)
+    # On a CPU a few rows at a time stay in its cache through all passes over them; a GPU wants few large kernels, but not
+    # too large: without compilation every pass has a float32 result of its own.
+    step = len(logits) if work.compiled else max(1, (IN_CACHE if logits.device.type == "cpu" else IN_FLIGHT) // logits.shape[1])
     body = _compiled_body() if work.compiled else _forward_kl_and_ce
     parts = []
     for start in range(0, len(logits), step):
@@ -420,7 +421,7 @@ def _chunk(logits: torch.Tensor, taught: list[torch.Tensor], targets: torch.Tens
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-ROWS_IN_CACHE = 2**18  # logits (rows x vocabulary) worked on at once on a CPU
+IN_CACHE, IN_FLIGHT = 2**18, 2**25  # logits (rows x vocabulary) worked on at once: on a CPU, on a GPU
 
 
 def _goal(teachers: list[torch.Tensor], objective: LogitObjective, weights: list[float] | None) -> torch.Tensor | None:

@@ -1,27 +1,40 @@
 #!/usr/bin/env bash
-# The study on real text that one CPU can do: rebuilds every model of the README's table into models/cpu/, or the ones
+# The study on real text that one CPU can do: rebuilds every model of the README's tables into models/cpu/, or the ones
 # named, skips what is finished and resumes what was stopped.
 #
-#   bash benchmarks/cpu_study.sh [teacher] [baseline] [student] [baseline-long] [student-long] [student-long-lambda1]
-#                                [--seed N] [key=value ...]
+#   bash benchmarks/cpu_study.sh [model ...] [--seed N ...] [key=value ...]
+#
+#   teacher teacher-gpt2          the two teachers: a Llama and a GPT-2
+#   tune                          three settings of every method, 400 steps each, seed 0, into models/cpu-tune/
+#   baseline student student-two student-dskd                       seeds 1 2 3 (or those given)
+#   student-aux student-contrastive student-self lambda             first seed; lambda: 0.5, 1, 4 and 128
+#   baseline-long student-long student-long-lambda1                 three times the steps, first seed
 #
 # Reads *.train from $BABYLM_SHARED/data/train_10M and *.dev from $BABYLM_SHARED/data/dev where that variable is set,
 # else from train_10M/ and dev/. PYTHON picks the interpreter, THREADS the CPU threads of each run (default: all).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-seeds=(1 2 3)
+every=(teacher teacher-gpt2 tune baseline student student-two student-dskd student-aux student-contrastive student-self lambda
+       baseline-long student-long student-long-lambda1)
 models=()
+seeds=()
 keys=(${THREADS:+training.threads=$THREADS})
 while (($#)); do
   case $1 in
-    --seed) seeds=("$2"); shift 2 ;;
-    teacher | baseline | student | baseline-long | student-long | student-long-lambda1) models+=("$1"); shift ;;
+    --seed) seeds+=("$2"); shift 2 ;;
     *=*) keys+=("$1"); shift ;;
-    *) echo "error: $1 is none of teacher, baseline, student, baseline-long, student-long, student-long-lambda1, --seed N, key=value" >&2; exit 2 ;;
+    *)
+      if [[ " ${every[*]} " != *" $1 "* ]]; then
+        echo "error: $1 is none of ${every[*]}, --seed N, key=value" >&2
+        exit 2
+      fi
+      models+=("$1"); shift ;;
   esac
 done
-((${#models[@]})) || models=(teacher baseline student baseline-long student-long student-long-lambda1)
+((${#models[@]})) || models=("${every[@]}")
+((${#seeds[@]})) || seeds=(1 2 3)
+first=${seeds[0]}
 
 python=${PYTHON:-.venv/bin/python}
 [ -x .venv/bin/python ] || [ -n "${PYTHON:-}" ] || bash demo.sh --install
@@ -30,21 +43,53 @@ data=${BABYLM_SHARED:+$BABYLM_SHARED/data/}
 "$python" combine_babylm.py --config configs/cpu/corpus.yaml --input "${data}train_10M"
 "$python" combine_babylm.py --config configs/cpu/dev.yaml --input "${data}dev"
 
-run() { # stage, config, seed
-  "$python" "train_$1.py" --config "configs/cpu/$2.yaml" "name=$2-s$3" "seed=$3" ${keys[@]+"${keys[@]}"}
+run() { # config, name, seed, further keys: stage 3 or 4 by the config's name; the teacher's states are captured first
+  local config=configs/cpu/$1.yaml stage=student
+  [[ $1 == baseline* ]] && stage=baseline
+  set -- "$config" "name=$2" "seed=$3" "${@:4}" ${keys[@]+"${keys[@]}"}
+  [ $stage = student ] && "$python" -m babylm.teacher_cache --config "$@"
+  "$python" "train_$stage.py" --config "$@"
 }
+tune() { # config, name, further keys: a short run, to choose by validation CE
+  run "$1" "$2" 0 output=models/cpu-tune training.steps=400 logging.eval_steps=400 checkpoints.milestones=false \
+    checkpoints.every_words=null "${@:3}"
+}
+
 for model in "${models[@]}"; do
   case $model in
-    teacher) "$python" train_teacher.py --config configs/cpu/teacher.yaml ${keys[@]+"${keys[@]}"} ;;
-    baseline) for seed in "${seeds[@]}"; do run baseline baseline "$seed"; done ;;
-    student) for seed in "${seeds[@]}"; do run student student "$seed"; done ;;
-    baseline-long) run baseline baseline-long "${seeds[0]}" ;;
-    student-long | student-long-lambda1) run student "$model" "${seeds[0]}" ;;
+    teacher*) "$python" train_teacher.py --config "configs/cpu/$model.yaml" ${keys[@]+"${keys[@]}"} ;;
+    tune)
+      for lr in 1e-3 2e-3 4e-3; do tune baseline "baseline-lr$lr" "training.lr=$lr"; done
+      tune student student-lambda9-T1
+      tune student student-lambda9-T2 distillation.temperature=2
+      tune student student-lambda2-T1 distillation.alpha=0.3333
+      tune student-two two-logits
+      tune student-two two-probabilities distillation.combine=probabilities
+      tune student-two two-logits-T2 distillation.temperature=2
+      tune student-dskd dskd-0p1-normalised distillation.hidden.weight=0.1 distillation.hidden.normalise=true
+      tune student-dskd dskd-1-normalised distillation.hidden.weight=1 distillation.hidden.normalise=true
+      tune student-dskd dskd-0p1-raw distillation.hidden.weight=0.1 distillation.hidden.normalise=false
+      tune student-aux aux-0p1-adaptive distillation.auxiliary.weight=0.1
+      tune student-aux aux-0p5-adaptive distillation.auxiliary.weight=0.5
+      tune student-aux aux-0p1-fixed distillation.auxiliary.weight=0.1 distillation.auxiliary.weighting=fixed
+      tune student-contrastive contrastive-0p1-tau0p1 distillation.contrastive.weight=0.1 distillation.contrastive.temperature=0.1
+      tune student-contrastive contrastive-0p01-tau0p1 distillation.contrastive.weight=0.01 distillation.contrastive.temperature=0.1
+      tune student-contrastive contrastive-0p1-tau2 distillation.contrastive.weight=0.1 distillation.contrastive.temperature=2
+      ;;
+    baseline | student | student-two | student-dskd) for seed in "${seeds[@]}"; do run "$model" "$model-s$seed" "$seed"; done ;;
+    lambda) # w_ce + w_kl = 1, so alpha = 1 / (1 + lambda)
+      run student "student-lambda0p5-s$first" "$first" distillation.alpha=0.666667
+      run student "student-lambda1-s$first" "$first" distillation.alpha=0.5
+      run student "student-lambda4-s$first" "$first" distillation.alpha=0.2
+      run student "student-lambda128-s$first" "$first" distillation.alpha=0.00775194
+      ;;
+    *) run "$model" "$model-s$first" "$first" ;;
   esac
 done
 
-# Score what is there on the whole dev set and print the table.
+# Score what is there on the whole dev set, print every run, and the methods side by side.
 shopt -s nullglob
 finished=(models/cpu/*/run/finished.json)
 "$python" -m babylm.scoring "${finished[@]%/run/finished.json}" --corpus corpus_cpu --eval corpus_cpu_dev
 "$python" visual.py "${finished[@]%/run/finished.json}" --table --output figures/cpu
+"$python" -m benchmarks.study_table models/cpu --control baseline
