@@ -325,7 +325,7 @@ def schema_of(values, path):
         return CorpusConfig
     if "distillation" in values:
         return StudentConfig
-    return TeacherConfig if "lora" in values or path.stem.startswith("teacher") else BaselineConfig
+    return TeacherConfig if "lora" in values or "teacher" in path.stem else BaselineConfig
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
