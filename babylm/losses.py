@@ -368,8 +368,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad, _ce, _kl):
         *gradients, count = ctx.saved_tensors
         scale = grad / count  # only here: 1/N would push small fp16 gradients below what fp16 can hold
-        scaled = (g if g is None else (g * scale.to(g.dtype if g.dtype != torch.float16 else torch.float32)).to(dtype)
-                  for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        scaled = (g if g is None else (g * scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return *scaled, None, None
 
 
