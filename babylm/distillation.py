@@ -147,6 +147,7 @@ class HiddenTerm(nn.Module):
     """
 
     name = "hidden"
+    reads_teachers = True
 
     def __init__(self, section: HiddenSection, student_width: int, student_depth: int, teachers: list[Teacher], shares: list[float]):
         super().__init__()
@@ -178,6 +179,7 @@ class ContrastiveTerm(nn.Module):
     """InfoNCE between projected last states (losses.info_nce); with several teachers the weighted mean of theirs."""
 
     name = "contrastive"
+    reads_teachers = True
 
     def __init__(self, section: ContrastiveSection, student_width: int, teachers: list[Teacher], shares: list[float]):
         super().__init__()
@@ -210,6 +212,7 @@ class AuxiliaryTerm(nn.Module):
                             f"classifier (the last has the output head); given {section.blocks}")
         self.blocks, self.adaptive, self.shares = section.blocks, section.weighting == "adaptive", shares
         self.feature_weight = section.feature_weight
+        self.reads_teachers = self.feature_weight > 0
         self.features, self.heads, self.projections = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for block in map(str, section.blocks):
             self.features[block] = nn.Sequential(nn.Linear(student_width, student_width), nn.GELU(), nn.Dropout(section.dropout))
@@ -251,7 +254,7 @@ class AuxiliaryTerm(nn.Module):
         for block in self.blocks:  # a first pass without gradients: the weights are needed before the gradients are made
             terms = view.fused(features[block], heads[block])
             per_sequence[block] = (objective.w_ce * terms.ce + objective.w_kl * objective.temperature**2 * terms.kl).mean(1, keepdim=True)
-        total = sum(per_sequence.values())
+        total = sum(per_sequence.values()).clamp(min=torch.finfo(torch.float32).tiny)  # 0 where only features are taught
         return {block: (mean / total).expand(view.targets.shape) for block, mean in per_sequence.items()}
 
     def _feature_distance(self, view: View, block: int) -> torch.Tensor:
@@ -349,7 +352,8 @@ class Distiller(nn.Module):
         w_kl = weights["kl"] * losses.kl_scale(self.section.kl_reduction, input_ids.shape[1])
         with_kl = bool(self.teachers) and (w_kl > 0 or everything)
         student, head = self._student_states(input_ids, active)
-        teachers = self._teacher_states(input_ids, cached) if with_kl or active else []
+        read = with_kl or any(self.terms[name].reads_teachers for name in active)
+        teachers = self._teacher_states(input_ids, cached) if read else []
         objective = replace(self._objective(), w_ce=weights["ce"], w_kl=w_kl if with_kl else 0.0)
         fused = self._fused(input_ids, teachers if with_kl else [], objective)
         view = View(input_ids[:, 1:], student, teachers, fused, head)
@@ -367,8 +371,10 @@ class Distiller(nn.Module):
             outcome = self.terms[name](view)
             loss = loss + weights[name] * outcome.loss
             columns |= outcome.columns
-        for name in self.terms.keys() - set(active):  # DDP waits for a gradient of every parameter
-            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.terms[name].parameters())
+        # DDP waits for a gradient of every parameter, also of those that only terms of weight 0 read.
+        idle = [parameter for name in self.terms.keys() - set(active) for parameter in self.terms[name].parameters()]
+        idle += [part for part in head if part is not None and part.requires_grad] if "ce" not in columns and "kl" not in columns else []
+        loss = loss + 0.0 * sum(parameter.sum() for parameter in idle)
         if with_kl:
             columns |= self._each_teacher(view, everything)
         return loss, columns

@@ -1,4 +1,4 @@
-"""The maths of the loss, against values worked out by hand, and the Distiller that adds its terms up."""
+"""The pure functions of babylm/losses.py on whole tensors, against values worked out by hand and finite differences."""
 
 import math
 
@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from babylm import losses
-from babylm.distillation import Distiller, trainable_parameters
+from babylm.losses import Head, LogitObjective
 
 LN2, LN3 = math.log(2), math.log(3)
+QUARTER, HALF = torch.tensor([[1 / 4, 3 / 4]], dtype=torch.float64).log(), torch.tensor([[1 / 2, 1 / 2]], dtype=torch.float64).log()
+DIVERGENCES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
 
 
 def random_case(seed, batch=2, length=5, entries=7, dtype=torch.float64):
@@ -158,103 +159,280 @@ def test_effective_lambda(arguments, expected):
     assert losses.effective_lambda(*arguments) == pytest.approx(expected)
 
 
-# ---- The Distiller --------------------------------------------------------------------------------------------------
-
-IDS = torch.randint(50, (3, 8), generator=torch.Generator().manual_seed(0))
+# ---- Divergences ----------------------------------------------------------------------------------------------------
 
 
-def tiny(seed, width=16, dropout=0.0):
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=width, n_layer=2, n_head=2, resid_pdrop=dropout,
-                                      embd_pdrop=dropout, attn_pdrop=dropout, initializer_range=0.3, bos_token_id=0, eos_token_id=0))
+def random_log_probs(seed, *shape):
+    """[..., V] log-probabilities that `gradcheck` may move: not normalised by a softmax afterwards."""
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
 
-def distiller(**settings):
-    return Distiller(tiny(0), tiny(1, width=24, dropout=0.5), **settings)
+@pytest.mark.parametrize("kind, beta, expected", [
+    # p = (1/4, 3/4) is the teacher's, q = (1/2, 1/2) the student's
+    ("forward_kl", 0.5, 1 / 4 * math.log(1 / 2) + 3 / 4 * math.log(3 / 2)),
+    ("reverse_kl", 0.5, 1 / 2 * math.log(2) + 1 / 2 * math.log(2 / 3)),
+    # m = (p + q) / 2 = (3/8, 5/8)
+    ("jsd", 0.5, 1 / 2 * (1 / 4 * math.log(2 / 3) + 3 / 4 * math.log(6 / 5)) + 1 / 2 * (1 / 2 * math.log(4 / 3) + 1 / 2 * math.log(4 / 5))),
+    # m = p / 4 + 3 q / 4 = (7/16, 9/16)
+    ("jsd", 0.25, 1 / 4 * (1 / 4 * math.log(4 / 7) + 3 / 4 * math.log(4 / 3)) + 3 / 8 * (math.log(8 / 7) + math.log(8 / 9))),
+])
+def test_divergence_by_hand(kind, beta, expected):
+    assert losses.token_divergence(QUARTER, HALF, kind, beta).item() == pytest.approx(expected, abs=1e-12)
 
 
-def gradients(module):
-    module.zero_grad()
-    module(IDS)["loss"].backward()
-    return {name: parameter.grad.clone() for name, parameter in module.student.named_parameters()}
+def test_jsd_over_beta_tends_to_forward_kl_and_at_the_other_end_to_reverse_kl():
+    p, q = random_log_probs(0, 4, 6), random_log_probs(1, 4, 6)
+    forward, reverse = losses.token_divergence(p, q, "forward_kl"), losses.token_divergence(p, q, "reverse_kl")
+    assert torch.allclose(losses.token_divergence(p, q, "jsd", 1e-6) / 1e-6, forward, rtol=1e-3)
+    assert torch.allclose(losses.token_divergence(p, q, "jsd", 1 - 1e-6) / 1e-6, reverse, rtol=1e-3)
+    assert not torch.allclose(forward, reverse, rtol=0.1)
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms():
-    module = distiller(w_ce=0.3, w_kl=0.7, temperature=2.0)
-    student, teacher = module.student(IDS).logits, module.teacher(IDS).logits
-    ce = F.cross_entropy(student[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    kl = F.kl_div(F.log_softmax(student[:, :-1] / 2, -1), F.softmax(teacher[:, :-1] / 2, -1), reduction="none").sum(-1).mean()
-    terms = module(IDS)
-    assert terms["ce"].item() == pytest.approx(ce.item(), rel=1e-5)
-    assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
-    assert terms["loss"].item() == pytest.approx(0.3 * ce.item() + 0.7 * 4 * kl.item(), rel=1e-5)
+@pytest.mark.parametrize("kind, beta", DIVERGENCES)
+def test_every_divergence_is_positive_and_0_for_equal_distributions(kind, beta):
+    p, q = random_log_probs(2, 20, 6), random_log_probs(3, 20, 6)
+    assert (losses.token_divergence(p, q, kind, beta) > 1e-3).all()
+    assert losses.token_divergence(p, p, kind, beta).abs().max() < 1e-12
 
 
-def test_batchmean_weighs_the_loss_but_not_the_logged_kl():
-    """The logged KL stays a mean over tokens, so that curves of all recipes can be compared."""
-    mean, batchmean = (distiller(w_ce=0.0, w_kl=1.0, kl_reduction=reduction)(IDS) for reduction in ("token_mean", "batchmean"))
-    assert batchmean["kl"].item() == pytest.approx(mean["kl"].item())
-    assert batchmean["loss"].item() == pytest.approx(7 * mean["loss"].item())
+def test_jsd_is_bounded_where_both_kls_are_not():
+    """Distributions that share no entry: the divergence is the entropy of (beta, 1 - beta)."""
+    p, q = torch.tensor([[0.0, -200.0]]), torch.tensor([[-200.0, 0.0]])
+    assert losses.token_divergence(p, q, "jsd", 0.5).item() == pytest.approx(LN2)
+    assert losses.token_divergence(p, q, "jsd", 0.25).item() == pytest.approx(2 * LN2 - 3 / 4 * LN3)
+    assert min(losses.token_divergence(p, q, kind).item() for kind in ("forward_kl", "reverse_kl")) == pytest.approx(200)
 
 
-@pytest.mark.parametrize("weights", [{"w_ce": 1.0, "w_kl": 0.0}, {"w_ce": 0.0, "w_kl": 1.0}])
-def test_each_term_alone_trains_every_parameter_of_the_student(weights):
-    untrained = [name for name, gradient in gradients(distiller(**weights)).items() if not gradient.abs().sum() > 0]
-    assert untrained == []
+@pytest.mark.parametrize("kind, beta", DIVERGENCES)
+def test_gradients_of_every_divergence_agree_with_finite_differences(kind, beta):
+    p, q = random_log_probs(4, 3, 5).requires_grad_(), random_log_probs(5, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, q: losses.token_divergence(p.log_softmax(-1), q.log_softmax(-1), kind, beta), (p, q))
 
 
-def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients():
-    ce, kl = gradients(distiller(w_ce=1.0, w_kl=0.0)), gradients(distiller(w_ce=0.0, w_kl=1.0, temperature=2.0))
-    both = gradients(distiller(w_ce=0.25, w_kl=0.75, temperature=2.0))
-    for name in both:
-        assert torch.allclose(both[name], 0.25 * ce[name] + 0.75 * kl[name], atol=1e-6), name
-    assert not torch.allclose(ce["transformer.wte.weight"], kl["transformer.wte.weight"], atol=1e-4)
+def test_an_unknown_divergence_is_an_error():
+    with pytest.raises(ValueError, match="forward_kl, reverse_kl or jsd"):
+        losses.token_divergence(HALF, HALF, "kl")
 
 
-def test_the_teacher_is_frozen_and_stays_in_eval_mode():
-    module = distiller(w_ce=0.5, w_kl=0.5).train()
-    assert module.student.training and not any(part.training for part in module.teacher.modules())
-    first, second = module(IDS)["kl"], module(IDS)["kl"]  # a dropout of 0.5 in the teacher would tell them apart
-    assert torch.equal(first, second)
-    module(IDS)["loss"].backward()
-    assert all(not p.requires_grad and p.grad is None for p in module.teacher.parameters())
+# ---- Restriction to the teacher's likeliest entries -----------------------------------------------------------------
+
+P = torch.tensor([0.05, 0.5, 0.15, 0.3], dtype=torch.float64).log()
+Q = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64).log()
 
 
-def test_the_teacher_is_no_part_of_the_module():
-    """What DDP, the optimizer and a checkpoint see is the student alone."""
-    module = distiller(w_ce=0.5, w_kl=0.5)
-    student = {f"student.{name}" for name, _ in module.student.named_parameters()}
-    assert {name for name, _ in module.named_parameters()} == student
-    assert {name for name, _ in trainable_parameters(module)} == student
-    assert all(name.startswith("student.") for name in module.state_dict())
-    assert module.teacher not in list(module.modules())
+def probabilities(pair):
+    return [[round(value, 10) for value in part.exp().tolist()] for part in pair]
 
 
-def test_a_term_of_weight_0_is_not_computed_in_training_but_is_in_validation():
-    module = distiller(w_ce=1.0, w_kl=0.0)
-    calls = []
-    module.teacher.register_forward_hook(lambda *_: calls.append(1))
-    assert set(module(IDS)) == {"loss", "ce"} and not calls
-    assert set(module.token_terms(IDS, everything=True)) == {"ce", "kl"} and calls
-    assert set(distiller(w_ce=0.0, w_kl=1.0)(IDS)) == {"loss", "kl"}
+def test_top_k_keeps_the_teachers_likeliest_entries_and_renormalises_both():
+    p, q = probabilities(losses.restrict(P, Q, top_k=2))
+    assert (p, q) == ([0.625, 0.375], [round(1 / 3, 10), round(2 / 3, 10)])  # 0.5 and 0.3 of 0.8; 0.1 and 0.2 of 0.3
 
 
-def test_the_teacher_runs_under_the_students_autocast():
-    module = distiller(w_ce=0.5, w_kl=0.5)
-    seen = []
-    for model in (module.student, module.teacher):
-        model.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.dtype))
+@pytest.mark.parametrize("top_p, p, q", [
+    (0.45, [0, 1, 0, 0], [0, 1, 0, 0]),  # one entry holds 0.5 already
+    (0.6, [0, 5 / 8, 0, 3 / 8], [0, 1 / 3, 0, 2 / 3]),
+    (0.9, [0, 10 / 19, 3 / 19, 6 / 19], [0, 1 / 6, 1 / 2, 1 / 3]),
+    (0.99, [0.05, 0.5, 0.15, 0.3], [0.4, 0.1, 0.3, 0.2]),
+])
+def test_top_p_keeps_the_smallest_set_of_at_least_that_mass_in_place(top_p, p, q):
+    ours = losses.restrict(P, Q, top_p=top_p)
+    assert torch.allclose(ours[0].exp(), torch.tensor(p, dtype=torch.float64))
+    assert torch.allclose(ours[1].exp(), torch.tensor(q, dtype=torch.float64))
+
+
+def test_more_entries_than_there_are_change_nothing():
+    p, q = losses.restrict(P, Q, top_k=99)
+    assert losses.token_divergence(p, q).item() == pytest.approx(losses.token_divergence(P, Q).item())
+
+
+@pytest.mark.parametrize("kind, beta", DIVERGENCES)
+def test_left_out_entries_add_nothing_to_any_divergence(kind, beta):
+    """In float32, where the log-probability that stands for 0 is far from exact."""
+    p, q = losses.restrict(P.float(), Q.float(), top_p=0.6)
+    alone = losses.token_divergence(torch.tensor([5 / 8, 3 / 8]).log(), torch.tensor([1 / 3, 2 / 3]).log(), kind, beta)
+    assert losses.token_divergence(p, q, kind, beta).item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 3}, {"top_p": 0.7}])
+@pytest.mark.parametrize("kind, beta", DIVERGENCES)
+def test_gradients_of_restricted_divergences_agree_with_finite_differences(kind, beta, restriction):
+    p, q = random_log_probs(6, 3, 6).requires_grad_(), random_log_probs(7, 3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda p, q: losses.token_divergence(*losses.restrict(p.log_softmax(-1), q.log_softmax(-1), **restriction), kind, beta), (p, q))
+
+
+# ---- Several teachers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combine, temperature, weights, ratio", [
+    # Logits (0, ln 3) and (0, 0); `ratio` is p(second entry) / p(first)
+    ("logits", 1.0, None, 3 ** (1 / 2)),
+    ("logits", 2.0, None, 3 ** (1 / 4)),
+    ("logits", 1.0, [0.25, 0.75], 3 ** (1 / 4)),
+    ("probabilities", 1.0, None, 5 / 3),  # the mean of (1/4, 3/4) and (1/2, 1/2) is (3/8, 5/8)
+    ("probabilities", 1.0, [0.25, 0.75], 9 / 7),  # (7/16, 9/16)
+    ("probabilities", 2.0, None, (1 / 2 + 3 ** (1 / 2) / (1 + 3 ** (1 / 2))) / (1 / 2 + 1 / (1 + 3 ** (1 / 2)))),
+    ("probabilities", 1.0, [0.0, 1.0], 1.0),
+])
+def test_mean_of_teachers_by_hand(combine, temperature, weights, ratio):
+    teachers = [torch.tensor([[0.0, LN3]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)]
+    taught = losses.teacher_log_probs(teachers, temperature, weights, combine).exp()
+    assert taught.sum().item() == pytest.approx(1)
+    assert (taught[0, 1] / taught[0, 0]).item() == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+def test_several_times_the_same_teacher_is_that_teacher(combine):
+    _, teacher, _ = random_case(8)
+    assert torch.allclose(losses.teacher_log_probs([teacher] * 3, 2.0, [0.5, 0.2, 0.3], combine), (teacher / 2).log_softmax(-1))
+
+
+def test_an_unknown_combination_is_an_error():
+    with pytest.raises(ValueError, match="logits or probabilities"):
+        losses.teacher_log_probs([HALF, HALF], 1.0, combine="votes")
+
+
+# ---- All terms of logits --------------------------------------------------------------------------------------------
+
+
+def test_label_smoothing_by_hand_and_the_logged_ce_is_not_smoothed():
+    """q = (1/4, 3/4), target 1, epsilon 0.2: the smoothed target is (0.1, 0.9)."""
+    loss, ce, _ = losses.logit_terms(QUARTER, [], torch.tensor([1]), LogitObjective(w_ce=2.0, label_smoothing=0.2))
+    assert ce.item() == pytest.approx(-math.log(3 / 4))
+    assert loss.item() == pytest.approx(2 * (-0.1 * math.log(1 / 4) - 0.9 * math.log(3 / 4)))
+
+
+def test_logit_terms_by_hand():
+    """Student (1/2, 1/2) and teacher (1/4, 3/4), softened by T = 2 to (1, sqrt 3) / (1 + sqrt 3); the divergence is logged without T^2."""
+    loss, ce, kl = losses.logit_terms(HALF, [QUARTER], torch.tensor([0]), LogitObjective(w_ce=0.3, w_kl=0.7, temperature=2.0))
+    expected = LN2 + (math.sqrt(3) * LN3 / 2) / (1 + math.sqrt(3)) - math.log(1 + math.sqrt(3))
+    assert (ce.item(), kl.item()) == (pytest.approx(LN2), pytest.approx(expected))
+    assert loss.item() == pytest.approx(0.3 * LN2 + 0.7 * 4 * expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_targets_cost_nothing_and_change_no_other_token(smoothing):
+    student, teacher, targets = (values[0] for values in random_case(9))
+    objective = LogitObjective(w_kl=1.0, label_smoothing=smoothing)
+    ignored = targets.clone()
+    ignored[2] = losses.IGNORED
+    for with_it, without in zip(losses.logit_terms(student, [teacher], targets, objective),
+                                losses.logit_terms(student, [teacher], ignored, objective), strict=True):
+        assert without[2] == 0 and with_it[2] > 0
+        assert torch.equal(without[[0, 1, 3, 4]], with_it[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"divergence": "reverse_kl"}, {"divergence": "jsd", "jsd_beta": 0.2}, {"top_k": 3}, {"top_p": 0.7}, {"combine": "probabilities"},
+], ids=str)
+def test_gradients_of_the_logit_terms_agree_with_finite_differences(settings):
+    student, first, targets = (values[0] for values in random_case(10))
+    second = random_case(11)[0][0]
+    objective = LogitObjective(w_ce=0.4, w_kl=0.6, temperature=2.0, label_smoothing=0.1, **settings)
+    assert torch.autograd.gradcheck(lambda z: losses.logit_terms(z, [first, second], targets, objective, [0.3, 0.7]),
+                                    student.requires_grad_())
+
+
+# ---- Hidden states --------------------------------------------------------------------------------------------------
+
+
+def test_state_distances_by_hand():
+    student, teacher = torch.tensor([[[1.0, 3.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [2.0, 2.0]]])
+    assert torch.allclose(losses.state_distance(student, teacher, "mse"), torch.tensor([[(1 + 4) / 2, (1 + 4) / 2]]))
+    cosine = torch.tensor([[1 - 3 / math.sqrt(10), 1 - 1 / math.sqrt(2)]])
+    assert torch.allclose(losses.state_distance(student, teacher, "cosine"), cosine)
+
+
+def test_normalised_distance_by_hand():
+    """(1, 3) becomes (-1, 1), (9, 5) becomes (1, -1): each difference is 2."""
+    distance = losses.state_distance(torch.tensor([1.0, 3.0]), torch.tensor([9.0, 5.0]), "mse", normalise=True)
+    assert distance.item() == pytest.approx(4, abs=1e-4)
+
+
+def test_normalising_removes_scale_and_shift_of_a_state():
+    student, teacher = random_case(12)[:2]
+    plain, moved = (losses.state_distance(student, states, normalise=True) for states in (teacher, 50 * teacher + 3))
+    assert torch.allclose(plain, moved, atol=1e-3)
+    assert not torch.allclose(losses.state_distance(student, teacher), losses.state_distance(student, 50 * teacher + 3), atol=1)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_gradients_of_state_distances_agree_with_finite_differences(kind, normalise):
+    student, teacher = (values.requires_grad_() for values in random_case(13)[:2])
+    assert torch.autograd.gradcheck(lambda s, t: losses.state_distance(s, t, kind, normalise), (student, teacher))
+
+
+def test_half_precision_states_are_upcast_first():
+    student, teacher = (values.bfloat16() for values in random_case(14)[:2])
+    for kind in ("mse", "cosine"):
+        assert torch.equal(losses.state_distance(student, teacher, kind), losses.state_distance(student.float(), teacher.float(), kind))
+
+
+def test_an_unknown_state_distance_is_an_error():
+    with pytest.raises(ValueError, match="mse or cosine"):
+        losses.state_distance(HALF, HALF, "l1")
+
+
+# ---- InfoNCE --------------------------------------------------------------------------------------------------------
+
+
+def test_info_nce_of_states_that_tell_nothing_apart_is_log_T():
+    value = losses.info_nce(torch.randn(2, 7, 4), torch.ones(2, 7, 4), 0.1)
+    assert value.shape == (2, 7)
+    assert torch.allclose(value, torch.tensor(math.log(7)), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_info_nce_by_hand(temperature):
+    """Orthogonal states, the student's of any length: cosine 1 with their own, 0 with the 2 others; and the wrong way round."""
+    student, teacher = 7 * torch.eye(3)[None], torch.eye(3)[None]
+    right, wrong = losses.info_nce(student, teacher, temperature), losses.info_nce(student, teacher[:, [1, 2, 0]], temperature)
+    total = math.exp(1 / temperature) + 2
+    assert torch.allclose(right, torch.tensor(math.log(total) - 1 / temperature), atol=1e-5)
+    assert torch.allclose(wrong, torch.tensor(math.log(total)), atol=1e-5)
+
+
+def test_the_candidates_of_info_nce_are_teacher_states_not_student_states():
+    """s_1 is like both teacher states, s_2 like its own alone: the sum runs over teacher positions j for a fixed i."""
+    student = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
+    value = losses.info_nce(student, torch.eye(2)[None], 1.0)
+    assert torch.allclose(value, torch.tensor([[LN2, math.log(1 + math.e) - 1]]))
+
+
+def test_negatives_of_info_nce_are_those_of_the_own_sequence():
+    student, teacher, _ = random_case(15, batch=3)
+    whole = losses.info_nce(student, teacher, 0.5)
+    for number in range(3):
+        alone = losses.info_nce(student[number:number + 1], teacher[number:number + 1], 0.5)
+        assert torch.allclose(whole[number], alone[0], atol=1e-12)
+
+
+def test_gradients_of_info_nce_agree_with_finite_differences():
+    student, teacher = (values.requires_grad_() for values in random_case(16)[:2])
+    assert torch.autograd.gradcheck(lambda s, t: losses.info_nce(s, t, 0.5), (student, teacher))
+
+
+def test_info_nce_is_computed_in_full_precision_under_autocast():
+    """A cosine in bf16 is off by 1/500, which a temperature of 0.1 makes 0.02 nats."""
+    student, teacher = (values.float() for values in random_case(17, length=16)[:2])
     with torch.autocast("cpu", torch.bfloat16):
-        terms = module(IDS)
-    assert seen == [torch.bfloat16, torch.bfloat16]
-    assert terms["loss"].dtype == terms["kl"].dtype == torch.float32
+        value = losses.info_nce(student, teacher, 0.1)
+    assert torch.allclose(value, losses.info_nce(student, teacher, 0.1), atol=1e-4)
 
 
-def test_kl_without_a_teacher_is_an_error():
-    with pytest.raises(ValueError, match="no teacher"):
-        Distiller(tiny(0), w_kl=1.0)
+# ---- Several teachers as one ----------------------------------------------------------------------------------------
 
 
-def test_the_description_names_the_effective_lambda():
-    assert Distiller(tiny(0)).describe(128) == "loss = CE"
-    assert distiller(w_ce=0.5, w_kl=0.5, temperature=2.0, kl_reduction="batchmean").describe(129).endswith("lambda = 128")
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, False)])
+def test_the_joint_head_gives_the_weighted_mean_of_the_teachers_logits(biases):
+    generator = torch.Generator().manual_seed(18)
+    states = [torch.randn(3, 4, width, generator=generator, dtype=torch.float64) for width in (2, 5)]
+    heads = [Head(torch.randn(6, width, generator=generator, dtype=torch.float64),
+                  torch.randn(6, generator=generator, dtype=torch.float64) if bias else None)
+             for width, bias in zip((2, 5), biases, strict=True)]
+    joint_states, joint = losses.joint_states(states, [0.25, 0.75]), losses.joint_head(heads, [0.25, 0.75])
+    first, second = (F.linear(theirs, *head) for theirs, head in zip(states, heads, strict=True))
+    assert torch.allclose(F.linear(joint_states, *joint), 0.25 * first + 0.75 * second)
