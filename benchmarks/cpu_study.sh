@@ -69,8 +69,8 @@ for model in "${models[@]}"; do
       tune student-dskd dskd-0p1-normalised distillation.hidden.weight=0.1 distillation.hidden.normalise=true
       tune student-dskd dskd-1-normalised distillation.hidden.weight=1 distillation.hidden.normalise=true
       tune student-dskd dskd-0p1-raw distillation.hidden.weight=0.1 distillation.hidden.normalise=false
-      tune student-aux aux-0p1-adaptive distillation.auxiliary.weight=0.1
-      tune student-aux aux-0p5-adaptive distillation.auxiliary.weight=0.5
+      tune student-aux aux-0p1-adaptive distillation.auxiliary.weight=0.1 distillation.auxiliary.weighting=adaptive
+      tune student-aux aux-0p5-fixed distillation.auxiliary.weight=0.5 distillation.auxiliary.weighting=fixed
       tune student-aux aux-0p1-fixed distillation.auxiliary.weight=0.1 distillation.auxiliary.weighting=fixed
       tune student-contrastive contrastive-0p1-tau0p1 distillation.contrastive.weight=0.1 distillation.contrastive.temperature=0.1
       tune student-contrastive contrastive-0p01-tau0p1 distillation.contrastive.weight=0.01 distillation.contrastive.temperature=0.1

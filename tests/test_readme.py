@@ -58,9 +58,9 @@ def small(command: str) -> list[str]:
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *["2" if word == "4" else word for word in words[1:]]]
     text = " ".join(words)
-    if re.search(r"train_\w+\.py", text):
+    if re.search(r"train_\w+\.py|teacher_cache", text):
         words += [*TINY, f"name={'-'.join(re.findall(r'[a-z]+', text))}"]
-        words += ["distillation.teacher=models/demo-s9/teacher"] if "train_student" in text else []
+        words += ["distillation.teacher=models/demo-s9/teacher"] if "train_student" in text or "teacher_cache" in text else []
     if "combine_babylm.py --input" in text:
         words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
     stand_ins = {"models/A": "teacher", "models/B": "student", "models/5-gram": "5-gram", "models/GPT2-Small-BabyLM-CE": "baseline",
@@ -70,6 +70,8 @@ def small(command: str) -> list[str]:
         words = ["data/demo-s9/corpus" if word == "corpus_split" else word for word in words]
     if "cpu_study.sh" in text:
         words += ["teacher", "--seed", "1", *TWO_STEPS, "model.layers=1", "data.eval_blocks=4"]
+    if re.search(r"benchmarks\.(loss|step|run)", text):
+        words += ["--quick"]
     if "benchmarks.corpus" in text:
         words += ["--quick", "--tokenizer", "data/demo-s9/corpus/tokenizer"]
     if words[-1] == "test.sh":
