@@ -24,7 +24,8 @@ MARKERS, DASHES = "os^DvPX<", ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)
 GREY, KINDS, SCALES = "#666666", ("train", "validation"), ("linear", "log")
 SMALL = {"fontsize": 6, "color": GREY, "textcoords": "offset points"}
 FLAG = {"linestyle": "", "marker": "v", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.7}
-LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate"}
+LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate",
+          "hidden": "distance of hidden states", "contrastive": "contrastive term (nats/token)"}
 X_AXES = {"steps": ("step", "optimizer steps"), "words": ("words", "words seen"), "time": ("seconds", "seconds")}
 RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}, "grid.linewidth": 0.5,
       "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5,

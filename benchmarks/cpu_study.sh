@@ -5,7 +5,7 @@
 #   bash benchmarks/cpu_study.sh [model ...] [--seed N ...] [key=value ...]
 #
 #   teacher teacher-gpt2          the two teachers: a Llama and a GPT-2
-#   tune                          three settings of every method, 400 steps each, seed 0, into models/cpu-tune/
+#   tune                          a few settings of every method, 400 steps each, seed 0, into models/cpu-tune/
 #   baseline student student-two student-dskd                       seeds 1 2 3 (or those given)
 #   student-aux student-contrastive student-self lambda             first seed; lambda: 0.5, 1, 4 and 128
 #   baseline-long student-long student-long-lambda1                 three times the steps, first seed
@@ -65,12 +65,10 @@ for model in "${models[@]}"; do
       tune student student-lambda2-T1 distillation.alpha=0.3333
       tune student-two two-logits
       tune student-two two-probabilities distillation.combine=probabilities
-      tune student-two two-logits-T2 distillation.temperature=2
       tune student-dskd dskd-0p1-normalised distillation.hidden.weight=0.1 distillation.hidden.normalise=true
       tune student-dskd dskd-1-normalised distillation.hidden.weight=1 distillation.hidden.normalise=true
       tune student-dskd dskd-0p1-raw distillation.hidden.weight=0.1 distillation.hidden.normalise=false
       tune student-aux aux-0p1-adaptive distillation.auxiliary.weight=0.1 distillation.auxiliary.weighting=adaptive
-      tune student-aux aux-0p5-fixed distillation.auxiliary.weight=0.5 distillation.auxiliary.weighting=fixed
       tune student-aux aux-0p1-fixed distillation.auxiliary.weight=0.1 distillation.auxiliary.weighting=fixed
       tune student-contrastive contrastive-0p1-tau0p1 distillation.contrastive.weight=0.1 distillation.contrastive.temperature=0.1
       tune student-contrastive contrastive-0p01-tau0p1 distillation.contrastive.weight=0.01 distillation.contrastive.temperature=0.1
