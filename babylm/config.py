@@ -570,15 +570,15 @@ def _section_at(schema: type[Section], path: list) -> type[Section]:
 
 def _section_of(annotation: Any) -> type[Section] | None:
     """The Section that a key holds, also where it is optional or a list of them; None for plain values."""
-    found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)]
-    return found[0] if found else None
+    parts = [part for kind in (annotation, *get_args(annotation)) for part in (kind, *get_args(kind))]  # Weight | None: Annotated within
+    return next((kind for kind in parts if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _key_paths(schema: type[Section], prefix: str = "") -> list[str]:
     paths = []
     for name, field in schema.model_fields.items():
         section = _section_of(field.annotation)
-        paths += _key_paths(section, f"{prefix}{name}.") if section else [prefix + name]
+        paths += _key_paths(section, f"{prefix}{name}.") if section and section is not Schedule else [prefix + name]
     return paths
 
 

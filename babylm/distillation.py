@@ -63,13 +63,13 @@ class Teacher:
             output = self.body(input_ids=input_ids.to(where), use_cache=False, output_hidden_states=wanted != [self.depth])
         every = output.hidden_states
         found = {state: (output.last_hidden_state if state == self.depth else every[state]) for state in wanted}
-        return {state: values[:, :-1].to(input_ids.device) for state, values in found.items()}
+        return {state: values[:, :-1].contiguous().to(input_ids.device) for state, values in found.items()}
 
     def to(self, device: torch.device) -> None:
         """Head to the student's device; body to the one that the config names, or along."""
-        self.head = Head(*(part.to(device) if part is not None else None for part in self.head))
-        if self.model is not None:
+        if self.model is not None:  # first, so that a head that stays with its body is not copied
             self.model.to(self.entry.device or device)
+        self.head = Head(*(part.to(device) if part is not None else None for part in self.head))
 
     def flops_per_token(self, seq_len: int) -> float:
         """Of a forward pass; of the head alone where the states are cached."""
@@ -83,6 +83,9 @@ class Teacher:
     def wanted_states(section: DistillationSection, entry: TeacherEntry, depth: int) -> list[int]:
         """The states of a teacher that any term reads: the last one always, and those that are mapped."""
         mapped = entry.layers if section.hidden and section.hidden.weight.largest > 0 else ()
+        if mapped and max(mapped) > depth:
+            raise UserError(f"distillation.teachers: the layer map of {entry.path} reads state {max(mapped)}, but the teacher has states "
+                            f"0 ... {depth}")
         return sorted({depth, *mapped})
 
 
@@ -373,8 +376,9 @@ class Distiller(nn.Module):
             columns |= outcome.columns
         # DDP waits for a gradient of every parameter, also of those that only terms of weight 0 read.
         idle = [parameter for name in self.terms.keys() - set(active) for parameter in self.terms[name].parameters()]
-        idle += [part for part in head if part is not None and part.requires_grad] if "ce" not in columns and "kl" not in columns else []
-        loss = loss + 0.0 * sum(parameter.sum() for parameter in idle)
+        if not (weights["ce"] or w_kl):  # nor the head, nor the blocks above those that a term reads
+            idle += [view.last, *(part for part in head if part is not None)]
+        loss = loss + 0.0 * sum(part.sum() for part in idle)
         if with_kl:
             columns |= self._each_teacher(view, everything)
         return loss, columns

@@ -139,7 +139,8 @@ class RunFolder:
             if self.config.fresh and self.root.exists():
                 self._move_aside()
             if recorded.is_file():
-                self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
+                if self.metrics.is_file() or self.checkpoints():  # else nothing was trained yet: it was refused, and then mended
+                    self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
             elif self.root.is_dir() and any(self.root.iterdir()):
                 raise UserError(f"{self.root} exists but is no run folder of this pipeline: choose another name=, "
                                 "or fresh=true to move it aside")

@@ -19,6 +19,7 @@ stored rounded in bf16; cache_dtype: fp32 keeps them whole.
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -267,7 +268,8 @@ def open_teachers(config: StudentConfig, data: training.Data) -> list[Teacher]:
 
 
 def _missing(what: str) -> str:
-    arguments = " ".join(argument for argument in sys.argv[1:] if not argument.startswith(("name=", "--resume_path", "fresh=")))
+    arguments = shlex.join(argument for before, argument in zip(sys.argv, sys.argv[1:], strict=False)
+                           if not argument.startswith("--resume_path") and before != "--resume_path")
     return (f"distillation.cache is true, but {what}. Make it with: python -m babylm.teacher_cache {arguments}\n"
             "(or run the teacher: distillation.cache=false)")
 

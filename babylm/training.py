@@ -234,7 +234,7 @@ class Progress:
     best_ce: float | None = None
     best_step: int | None = None
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
-    metered_steps: float = 0.0
+    metered_steps: dict[str, float] = field(default_factory=dict)  # of each: a term whose weight is 0 is not computed
 
 
 class DistillTrainer(Trainer):
@@ -251,7 +251,7 @@ class DistillTrainer(Trainer):
         self.stopped_by = ""
         self.progress = Progress()
         self._meter: dict[str, torch.Tensor] = {}
-        self._metered_steps = 0
+        self._metered_steps: dict[str, float] = {}
         self._began = self._window_began = time.monotonic()
         self._window_step = 0
         self._staging: str | None = None
@@ -290,7 +290,7 @@ class DistillTrainer(Trainer):
         share = 1 / self.args.gradient_accumulation_steps  # a run may be continued with another accumulation
         for name, value in terms.items():  # summed on the device; read only when a line is logged
             self._meter[name] = self._meter.get(name, 0.0) + share * value.detach().double()
-        self._metered_steps += share
+            self._metered_steps[name] = self._metered_steps.get(name, 0.0) + share
         bad = torch.where(terms["loss"].detach().isfinite(), sys.maxsize, self.state.global_step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad)
         return terms["loss"]
@@ -363,8 +363,9 @@ class DistillTrainer(Trainer):
         self.require_finite()
         names = list(self._meter)
         sums = torch.stack([torch.as_tensor(self._meter[name], device=self.args.device) for name in names])
-        means = (self.accelerator.reduce(sums, "mean") / self._metered_steps).tolist()
-        self._meter, self._metered_steps = {}, 0
+        steps = sums.new_tensor([self._metered_steps[name] for name in names])
+        means = (self.accelerator.reduce(sums, "mean") / steps).tolist()
+        self._meter, self._metered_steps = {}, {}
         step, now = self.state.global_step, time.monotonic()
         rate = (step - self._window_step) / max(now - self._window_began, 1e-9)
         self._window_step, self._window_began = step, now

@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 import combine_babylm
 from babylm import models, run_folder
+from babylm.config import ModelSection
 from babylm.demo_corpus import write_corpus
 from babylm.run_folder import run_stage
 
@@ -111,6 +114,52 @@ def tokenizer(corpus):
     return models.load_tokenizer(corpus / "tokenizer")
 
 
+@pytest.fixture(scope="session")
+def small(raw, corpus):
+    """A corpus folder of about 2,000 words with the vocabulary of `corpus`: several epochs are a few steps."""
+    folder = raw.parent / "small"
+    run_stage_1(write_yaml_file(raw.parent / "small.yaml", {
+        "corpus": {"input": str(raw), "output": str(folder), "max_words": 2000, "validation_fraction": 0.2},
+        "tokenizer": {"path": str(corpus / "tokenizer")},
+    }))
+    return folder
+
+
+TEACHERS = {"gpt2": {"layers": 3, "width": 24, "heads": 2}, "llama": {"architecture": "llama", "layers": 2, "width": 32, "heads": 2},
+            "gptj": {"architecture": "gptj", "layers": 2, "width": 16, "heads": 2}}
+
+
+@pytest.fixture(scope="session")
+def teachers(tokenizer, tmp_path_factory):
+    """teachers("gpt2", "llama", "gptj") -> folders of plain checkpoints with random weights, large enough to teach something;
+    "adapter" is one of peft on a base that is a copy of gpt2. Read only."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def model(name):
+        built = models.build_model(ModelSection(**TEACHERS[name], max_positions=64), tokenizer, seed=len(name))
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.mul_(3)
+        return built
+
+    def path(name):
+        if not (folder / name).exists():
+            (folder / name).mkdir()
+            if name == "adapter":
+                from peft import LoraConfig, get_peft_model
+
+                (folder / "base").mkdir()
+                models.save_model(model("gpt2"), tokenizer, folder / "base")
+                adapted = get_peft_model(models.load_causal_lm(str(folder / "base")), LoraConfig(
+                    task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False))
+                models.save_model(adapted, tokenizer, folder / name)
+            else:
+                models.save_model(model(name), tokenizer, folder / name)
+        return folder / name
+
+    return lambda *names: [path(name) for name in names]
+
+
 @pytest.fixture
 def make(tmp_path):
     """make({"name.train": text or bytes}, "key=value", ..., <keys of the section corpus>) -> the folder that stage 1 wrote."""
@@ -163,5 +212,42 @@ def in_child(tmp_path):
                 os._exit(code)  # a child never goes on with the tests
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return subprocess.CompletedProcess("child", code, out.read_text(), err.read_text())
+
+    return call
+
+
+@pytest.fixture
+def on_two_processes(tmp_path):
+    """on_two_processes("train_student", "--config", ...) runs a stage as torchrun would (gloo), in two forked processes."""
+
+    def call(script, *args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        logs, children = [tmp_path / f"rank{rank}.log" for rank in range(2)], []
+        for rank, log in enumerate(logs):
+            sys.stdout.flush()
+            children.append(os.fork())
+            if children[-1] == 0:
+                code = 70
+                try:
+                    with open(log, "w", buffering=1) as stream:
+                        for number in (1, 2):
+                            os.dup2(stream.fileno(), number)
+                        sys.stdout = sys.stderr = stream
+                        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+                        AcceleratorState._reset_state(reset_partial_state=True)  # what runs in the parent left
+                        sys.argv, run_folder._opened[:] = [f"{script}.py", *map(str, args)], []
+                        try:
+                            run_stage(importlib.import_module(script).main)
+                            code = 0
+                        except SystemExit as end:
+                            code = end.code
+                        except BaseException:
+                            traceback.print_exc()
+                finally:
+                    os._exit(code)  # a child never goes on with the tests
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
 
     return call

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,11 +12,13 @@ from babylm.config import (
     BaselineConfig,
     CorpusConfig,
     RunConfig,
+    Schedule,
     Section,
     StudentConfig,
     TeacherConfig,
     UserError,
     check,
+    content_hash,
     identity,
     load,
     read_yaml,
@@ -44,8 +47,14 @@ def mistakes(schema, values):
     return [line.strip() for line in lines]
 
 
+def section_of(annotation):
+    """The section that a key holds, also where it may be left out or is a list of them; a Schedule is a value."""
+    found = [annotation, *get_args(annotation)]
+    return next((kind for kind in found if isinstance(kind, type) and issubclass(kind, Section) and kind is not Schedule), None)
+
+
 def is_section(field):
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    return section_of(field.annotation) is not None
 
 
 def fields(schema, prefix=""):
@@ -53,7 +62,7 @@ def fields(schema, prefix=""):
     for name, field in schema.model_fields.items():
         yield prefix + name, field
         if is_section(field):
-            yield from fields(field.annotation, f"{prefix}{name}.")
+            yield from fields(section_of(field.annotation), f"{prefix}{name}.")
 
 
 # ---- Mistakes in a config -------------------------------------------------------------------------------------------
@@ -150,7 +159,8 @@ def test_milestones_may_be_abbreviated():
 @pytest.mark.parametrize(("given", "weights"), [
     ({"alpha": 0.25}, (0.25, 0.75)), ({"alpha": 0}, (0, 1)), ({"alpha": 1}, (1, 0)), ({"w_ce": 2, "w_kl": 0.5}, (2, 0.5))])
 def test_distillation_weights(given, weights):
-    assert check(StudentConfig, distil(**given), "some.yaml").distillation.weights == weights
+    got = check(StudentConfig, distil(**given), "some.yaml").distillation.weights
+    assert [(weight.start, weight.end) for weight in got] == [(weight, weight) for weight in weights]
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -164,6 +174,132 @@ def test_distillation_weights(given, weights):
 def test_distillation_weights_are_given_once(given, message):
     (line,) = mistakes(StudentConfig, distil(**given))
     assert line.startswith("distillation") and message in line
+
+
+BOTH = [{"path": "a"}, {"path": "b"}]
+MAPPED = [{"path": "a", "layers": {1: 1, 3: 2}}, {"path": "b"}]
+
+
+def several(teachers, **terms):
+    return run(distillation={"teachers": teachers, "alpha": 0.5, **terms})
+
+
+def alone(**terms):
+    return run(distillation={"alpha": 1, **terms})
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (distil(alpha=0.5, teachers=BOTH), "give either teacher or teachers, not both"),
+    (several([{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]), "the weights of the teachers add up to 0"),
+    (distil(alpha=0.5, approximate_top_k=8, approximate_top_p=0.9), "give either approximate_top_k or approximate_top_p, not both"),
+    (distil(alpha=0.5, jsd_beta=0.3), "jsd_beta belongs to divergence: jsd, not to forward_kl"),
+    (distil(alpha=0.5, jsd_beta=0.3, divergence="reverse_kl"), "jsd_beta belongs to divergence: jsd, not to reverse_kl"),
+    (several(MAPPED), "teachers.layers is given but there is no section hidden to use it"),
+    (run(distillation={"alpha": 0.5}), "w_kl needs a teacher: give teacher or teachers"),
+    (alone(hidden={}), "hidden needs a teacher"),
+    (alone(contrastive={}), "contrastive needs a teacher"),
+    (alone(hidden={"weight": {"start": 0, "end": 0.1}}, contrastive={"weight": 0}), ": hidden needs a teacher"),
+    (alone(cache=True), "cache needs a teacher"),
+    (alone(auxiliary={"blocks": [1], "feature_weight": 0.5}), "auxiliary.feature_weight needs a teacher"),
+    (distil(w_ce=0, w_kl=1, label_smoothing=0.1), "label_smoothing acts on the cross-entropy, but w_ce is 0"),
+    (distil(alpha=0, label_smoothing=0.1), "label_smoothing acts on the cross-entropy, but w_ce is 0"),
+    (distil(w_ce=0, w_kl=0, hidden={"weight": 0}, contrastive={"weight": 0}), "and so is every other term: nothing would be learned"),
+    (distil(w_ce=0, w_kl=0, auxiliary={"blocks": [1]}), "nothing would be learned"),  # whose terms have the weights of CE and KL
+    (several([{"path": "a", "device": "cpu"}], cache=True), "teachers.device has no meaning with cache: true"),
+])
+def test_terms_that_contradict_each_other_are_refused(values, message):
+    (line,) = mistakes(StudentConfig, values)
+    assert line.startswith("distillation: ") and message in line
+
+
+def test_all_contradictions_are_shown_at_once():
+    (line,) = mistakes(StudentConfig, run(distillation={"alpha": 0.5, "jsd_beta": 0.3, "approximate_top_k": 8, "approximate_top_p": 0.9}))
+    assert [part in line for part in ("w_kl needs a teacher", "either approximate_top_k", "jsd_beta belongs")] == [True] * 3
+
+
+@pytest.mark.parametrize("values", [
+    distil(alpha=0.5, divergence="jsd", jsd_beta=0.3),
+    distil(w_ce=0, w_kl=0, hidden={"weight": {"start": 0, "end": 0.1}}),
+    distil(w_ce={"start": 0, "end": 1}, w_kl=0, label_smoothing=0.1),
+    alone(hidden={"weight": 0}, contrastive={"weight": 0}),
+    alone(auxiliary={"blocks": [1]}),
+    several(MAPPED, hidden={}), several([{"path": "a"}, {"path": "b", "weight": 0}], cache=True),
+    alone(),
+])
+def test_terms_that_go_together_are_taken(values):
+    check(StudentConfig, values, "some.yaml")
+
+
+def test_a_teacher_of_weight_0_is_left_out():
+    got = check(StudentConfig, several([{"path": "a", "weight": 0}, {"path": "b", "weight": 3}]), "some.yaml").distillation
+    assert [entry.path for entry in got.entries] == ["b"]
+
+
+@pytest.mark.parametrize(("values", "messages"), [
+    (distil(alpha=0.5, hiden={}), ["distillation.hiden: unknown key; did you mean hidden?"]),
+    (distil(alpha=0.5, hidden={"wieght": 1}), ["distillation.hidden.wieght: unknown key; did you mean weight?"]),
+    (distil(alpha=0.5, hidden={"weight": {"start": 1, "end": 0, "untill": 0.5}}),
+     ["distillation.hidden.weight.untill: unknown key; did you mean until?"]),
+    (distil(alpha=0.5, temperature={"start": 1, "end": 2, "shap": "linear"}),
+     ["distillation.temperature.shap: unknown key; did you mean shape?"]),
+    (distil(w_ce={"start": 1, "end": 0, "untill": 0.5}, w_kl=1), ["distillation.w_ce.untill: unknown key; did you mean until?"]),
+    (distil(w_ce=1, w_kl={"strat": 1, "start": 1, "end": 2}), ["distillation.w_kl.strat: unknown key; did you mean start?"]),
+    (several([{"path": "a"}, {"path": "b", "wieght": 1}]), ["distillation.teachers.1.wieght: unknown key; did you mean weight?"]),
+    (several([{"pth": "a"}]),
+     ["distillation.teachers.0.path: Field required", "distillation.teachers.0.pth: unknown key; did you mean path?"]),
+    (distil(alpha=0.5, auxiliary={"blocks": [1], "share_heads": True}),
+     ["distillation.auxiliary.share_heads: unknown key; did you mean share_head?"]),
+    (distil(alpha=0.5, contrastive={"tau": 1}), ["distillation.contrastive.tau: unknown key; known keys: weight, temperature, dim"]),
+    (run(temperature=2), ["temperature: unknown key; did you mean distillation.temperature?"]),
+    (run(share_head=True), ["share_head: unknown key; did you mean distillation.auxiliary.share_head?"]),
+])
+def test_an_unknown_key_of_a_nested_section_is_named_with_its_whole_path(values, messages):
+    assert mistakes(StudentConfig, {"distillation": {"teacher": "t", "alpha": 0.5}, **values}) == messages
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (distil(alpha=0.5, temperature=0), "distillation.temperature: must be greater than 0"),
+    (distil(alpha=0.5, temperature={"start": 2, "end": 0}), "distillation.temperature: must be greater than 0"),
+    (distil(alpha=0.5, temperature="hot"), "distillation.temperature: 'hot' is no number"),
+    (distil(alpha=0.5, temperature=True), "distillation.temperature: got true, which is not a valid value here"),
+    (distil(alpha=0.5, temperature=[4, 1]), "distillation.temperature: Input should be a valid dictionary"),
+    (distil(alpha=0.5, temperature={"start": 4}), "distillation.temperature.end: Field required"),
+    (distil(alpha=0.5, temperature={"start": 4, "end": 1, "until": 0}), "distillation.temperature.until: Input should be greater than 0"),
+    (distil(alpha=0.5, temperature={"start": 4, "end": 1, "until": 1.5}), "temperature.until: Input should be less than or equal to 1"),
+    (distil(alpha=0.5, temperature={"start": 4, "end": 1, "shape": "step"}), "temperature.shape: Input should be 'linear' or 'cosine'"),
+    (distil(alpha=0.5, temperature={"start": "inf", "end": 1}), "distillation.temperature.start: Input should be a finite number"),
+    (distil(w_ce=-1, w_kl=1), "distillation.w_ce: must not be negative"),
+    (distil(w_ce=1, w_kl={"start": 1, "end": -0.1}), "distillation.w_kl: must not be negative"),
+    (distil(alpha=0.5, hidden={"weight": -1}), "distillation.hidden.weight: must not be negative"),
+    (distil(alpha=0.5, hidden=True), "distillation.hidden: got true"),
+    (distil(alpha=0.5, auxiliary={}), "distillation.auxiliary.blocks: Field required"),
+    (distil(alpha=0.5, auxiliary={"blocks": []}), "distillation.auxiliary.blocks: List should have at least 1 item"),
+    (distil(alpha=0.5, auxiliary={"blocks": [0, 1]}), "distillation.auxiliary.blocks: blocks are numbered from 1, each at most once"),
+    (distil(alpha=0.5, auxiliary={"blocks": [1, 1]}), "distillation.auxiliary.blocks: blocks are numbered from 1, each at most once"),
+    (distil(alpha=0.5, auxiliary={"blocks": [1], "feature_weight": -1}), "distillation.auxiliary.feature_weight: Input should be"),
+    (distil(alpha=0.5, contrastive={"temperature": 0}), "distillation.contrastive.temperature: Input should be greater than 0"),
+    (distil(alpha=0.5, approximate_top_p=1), "distillation.approximate_top_p: Input should be less than 1"),
+    (distil(alpha=0.5, label_smoothing=1), "distillation.label_smoothing: Input should be less than 1"),
+    (distil(alpha=0.5, divergence="jsd", jsd_beta=0), "distillation.jsd_beta: Input should be greater than 0"),
+    (several(["a", "b"][:1]), "distillation.teachers.0: Input should be a valid dictionary"),
+    (several([{"path": "a", "weight": -1}]), "distillation.teachers.0.weight: Input should be greater than or equal to 0"),
+    (several([{"path": ""}]), "distillation.teachers.0.path: String should have at least 1 character"),
+    (several([{"path": "a", "layers": {2: 1, 3: 1}}], hidden={}), "teachers.0.layers: student state 1 is mapped twice (also from"),
+    (several([{"path": "a", "layers": {-1: 1}}], hidden={}), "distillation.teachers.0.layers: states are numbered from 0"),
+    (several([{"path": "a", "layers": {1: -1}}], hidden={}), "distillation.teachers.0.layers: states are numbered from 0"),
+])
+def test_a_bad_value_of_a_term_is_named_with_its_path(values, message):
+    (line,) = mistakes(StudentConfig, values)
+    assert message in line
+
+
+@pytest.mark.parametrize(("shape", "until", "expected"), [
+    ("linear", 1.0, [4, 3.25, 2.5, 1.75, 1]), ("linear", 0.5, [4, 2.5, 1, 1, 1]),
+    ("cosine", 1.0, [4, 3.5607, 2.5, 1.4393, 1]), ("cosine", 0.5, [4, 2.5, 1, 1, 1]),
+])
+def test_a_schedule_goes_from_its_start_to_its_end_and_stays_there(shape, until, expected):
+    schedule = Schedule(start=4, end=1, shape=shape, until=until)
+    assert [schedule.at(progress) for progress in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("schema", "values", "message"), [
@@ -285,8 +421,9 @@ NOT_IDENTITY = {  # where things lie, how often something is said or saved, how 
     "name", "output", "fresh", "resume_path", "data.corpus", "data.tokenizer", "data.eval_path", "training.per_device_batch_size",
     "training.compile", "training.gradient_checkpointing", "training.device", "training.threads", "checkpoints.save_steps",
     "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
-    "logging.trackers", "lora.merge_adapter", "distillation.teacher", "corpus.input", "corpus.output", "download.strict_small",
-    "download.strict", "download.revision",
+    "logging.trackers", "lora.merge_adapter", "distillation.teacher", "distillation.teachers.path",
+    "distillation.teachers.device", "distillation.cache", "distillation.cache_path", "corpus.input", "corpus.output",
+    "download.strict_small", "download.strict", "download.revision",
 }
 
 
@@ -314,6 +451,50 @@ def test_where_and_how_it_runs_does_not_change_its_identity(command, override):
 
 def test_alpha_and_the_weights_it_stands_for_are_recorded_as_given(command):
     assert identity(command(StudentConfig, distil(alpha=0.5)))["distillation.alpha"] == 0.5
+
+
+ALL_TERMS = several([{"path": "a", "weight": 2, "layers": {1: 1, 3: 2}, "device": "cpu"}, {"path": "b"}], alpha=None, w_ce=0.5,
+                    w_kl={"start": 1, "end": 0.5}, temperature={"start": 4, "end": 1}, hidden={}, auxiliary={"blocks": [1]}, contrastive={})
+ALL_TERMS["data"] = {"offset_cycle": 2}
+
+
+@pytest.mark.parametrize("override", [
+    "distillation.teachers=[{path: a, weight: 1, layers: {1: 1, 3: 2}}, {path: b}]",
+    "distillation.teachers=[{path: a, weight: 2, layers: {1: 1, 2: 2}}, {path: b}]",
+    "distillation.teachers=[{path: a, weight: 2, layers: {1: 1, 3: 2}}]",
+    "distillation.w_ce=0.6", "distillation.w_kl=1", "distillation.w_kl={start: 1, end: 0.5, until: 0.9}",
+    "distillation.temperature={start: 4, end: 1, shape: cosine}", "distillation.temperature=4", "distillation.combine=probabilities",
+    "distillation.divergence=jsd", "distillation.approximate_top_k=8", "distillation.approximate_top_p=0.9",
+    "distillation.label_smoothing=0.1", "distillation.kl_reduction=batchmean", "distillation.cache_dtype=bf16",
+    "distillation.contrastive=null", "distillation.hidden.weight=0.2", "distillation.hidden.weight={start: 0.1, end: 0}",
+    "distillation.hidden.loss=cosine", "distillation.hidden.normalise=true", "distillation.auxiliary=null",
+    "distillation.auxiliary.blocks=[2]", "distillation.auxiliary.weighting=adaptive", "distillation.auxiliary.share_head=true",
+    "distillation.auxiliary.dropout=0", "distillation.auxiliary.feature_weight=1", "distillation.contrastive.temperature=2",
+    "distillation.contrastive.dim=8", "data.offset_seed=3", "data.offset_cycle=3",
+])
+def test_every_setting_of_a_term_changes_the_identity(command, override):
+    assert identity(command(StudentConfig, ALL_TERMS)) != identity(command(StudentConfig, ALL_TERMS, override))
+
+
+@pytest.mark.parametrize("override", [
+    "distillation.teachers=[{path: moved, weight: 2, layers: {1: 1, 3: 2}}, {path: there, device: cuda:1}]",
+    "distillation.cache_path=/elsewhere", "distillation.teachers=[{path: a, weight: 2, layers: {1: 1, 3: 2}}, {path: b, weight: 1.0}]",
+    "distillation.hidden={weight: {start: 0.1, end: 0.1, shape: cosine}}",  # a schedule that does not move is a number
+])
+def test_where_a_teacher_lies_and_runs_does_not_change_the_identity(command, override):
+    assert identity(command(StudentConfig, ALL_TERMS)) == identity(command(StudentConfig, ALL_TERMS, override))
+
+
+def test_reading_the_states_from_a_cache_does_not_change_the_identity(command):
+    values = distil(alpha=0.5, temperature={"start": 2, "end": 1})
+    assert identity(command(StudentConfig, values)) == identity(command(StudentConfig, values, "distillation.cache=true"))
+
+
+def test_the_identity_of_schedules_and_layer_maps_survives_json(command):
+    keys = identity(command(StudentConfig, ALL_TERMS))
+    assert keys["distillation.teachers.0.layers"] == {"1": 1, "3": 2} and keys["distillation.w_ce"] == 0.5
+    assert keys["distillation.temperature"] == {"start": 4.0, "end": 1.0, "shape": "linear", "until": 1.0}
+    assert content_hash(keys) == content_hash(identity(command(StudentConfig, ALL_TERMS)))
 
 
 # ---- The configs that are shipped ---------------------------------------------------------------------------------------
@@ -353,8 +534,9 @@ def test_no_two_shipped_runs_share_a_folder():
 
 
 def test_a_config_survives_being_written_and_read(command, tmp_path):
-    got = command(StudentConfig, distil(alpha=0.5), "training.lr=3e-4")
-    assert StudentConfig.model_validate(yaml.safe_load(yaml.safe_dump(got.model_dump()))) == got
+    for values in (distil(alpha=0.5), ALL_TERMS):
+        got = command(StudentConfig, values, "training.lr=3e-4")
+        assert StudentConfig.model_validate(yaml.safe_load(yaml.safe_dump(got.model_dump()))) == got
 
 
 def test_every_training_stage_has_the_keys_of_a_run():

@@ -502,6 +502,50 @@ def test_without_random_chunks_every_epoch_begins_at_the_first_token(val):
     assert {blocks.offset(blocks.layout(epoch)) for epoch in range(20)} == {0}
 
 
+def test_offsets_drawn_from_a_seed_of_their_own_are_shared_by_runs_whose_order_differs(val):
+    first, second, alone = (TokenBlocks(val, 32, seed=seed, offset_seed=offset_seed) for seed, offset_seed in ((1, 9), (2, 9), (2, None)))
+    assert [first.offset(layout) for layout in range(5)] == [second.offset(layout) for layout in range(5)]
+    assert [alone.offset(layout) for layout in range(5)] == [TokenBlocks(val, 32, seed=2).offset(layout) for layout in range(5)]
+    assert [alone.offset(layout) for layout in range(5)] != [second.offset(layout) for layout in range(5)]
+    assert [second.locate(item)[2] for item in range(50)] == [alone.locate(item)[2] for item in range(50)], "the order is the seed's"
+    assert [first.locate(item)[2] for item in range(50)] != [second.locate(item)[2] for item in range(50)]
+
+
+@pytest.mark.parametrize("offset_cycle, expected", [(None, [0, 1, 2]), (2, [0, 1]), (1, [0])])
+def test_the_layouts_of_a_run_are_those_that_its_items_come_from(val, offset_cycle, expected):
+    blocks = TokenBlocks(val, 32, seed=1, offset_cycle=offset_cycle)
+    blocks.items = 2 * blocks.blocks_per_epoch + 1
+    assert blocks.layouts() == sorted({blocks.locate(item)[1] for item in range(blocks.items)}) == expected
+    blocks.items -= 1
+    assert blocks.layouts() == expected[:2], "an epoch that is reached to its end, and not beyond"
+
+
+def test_a_block_is_read_by_its_layout_and_its_place_in_it(val):
+    blocks = TokenBlocks(val, 32, seed=1, offset_cycle=3)
+    for layout, block in [(0, 0), (2, 5), (1, blocks.blocks_per_epoch - 1)]:
+        start = blocks.offset(layout) + 32 * block
+        assert blocks.block(layout, block).tolist() == val.ids[start : start + 32].tolist()
+
+
+def test_extras_of_an_item_are_those_of_its_layout_and_block(val):
+    blocks = TokenBlocks(val, 32, seed=1, offset_cycle=2, items=10**4)
+    assert blocks[0].keys() == {"input_ids"}
+    blocks.extras = lambda layout, block: {"place": torch.tensor([layout, block])}
+    for item in (0, 1, blocks.blocks_per_epoch, 3 * blocks.blocks_per_epoch + 2):
+        row, (_, layout, block) = blocks[item], blocks.locate(item)
+        assert row["place"].tolist() == [layout, block] != [0, item]
+        assert torch.equal(row["input_ids"], blocks.block(layout, block))
+
+
+def test_extras_of_a_validation_block_are_those_of_its_number_in_the_sample(val):
+    blocks = EvalBlocks(val, 32, 10)
+    assert blocks[3].keys() == {"input_ids", "domains"}
+    blocks.extras = lambda item: {"place": torch.tensor(item)}
+    assert int(blocks[3]["place"]) == 3 != blocks.blocks[3]
+    assert torch.equal(blocks[3]["input_ids"], blocks.block(3))
+    assert blocks.block(3).tolist() == val.ids[32 * blocks.blocks[3] :][:32].tolist()
+
+
 @pytest.mark.parametrize("offset_cycle", [None, 2])
 def test_an_item_depends_on_nothing_that_was_read_before(val, offset_cycle):
     def new():

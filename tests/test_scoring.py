@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from babylm import models, scoring
+from babylm import losses, models, scoring
 from babylm.config import ModelSection, UserError
 from babylm.run_folder import write_json
 from custom_dataset import EvalBlocks, open_store
@@ -168,8 +168,9 @@ def test_domain_sums_equal_a_plain_loop(model, val):
     expected = ce_by_hand(model, val, 32)
     blocks = EvalBlocks(val, 32, len(val))
 
-    def terms(ids):
-        ce = scoring.losses.token_cross_entropy(model(input_ids=ids).logits, ids)
+    def terms(batch):
+        assert batch.keys() == {"input_ids"}, "the domains are not the model's business"
+        ce = losses.token_cross_entropy(model(**batch).logits, batch["input_ids"])
         return {"ce": ce, "kl": 2 * ce}
 
     for size in (1, 7):

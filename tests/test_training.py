@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from babylm import models, training
 from babylm.config import StudentConfig, TeacherConfig, UserError, check
-from babylm.distillation import Distiller
+from babylm.distillation import Distiller, Teacher
 from babylm.run_folder import StopRequest
 from custom_dataset import EvalBlocks, TokenBlocks, open_store
 
@@ -344,37 +344,37 @@ def test_bf16_trains_and_keeps_fp32_weights(stage, student_keys, one_process):
 
 
 class WithProjection(Distiller):
-    """A Distiller with something of its own to train, as later terms will have."""
+    """A Distiller with something of its own to train, which no term of this repository knows."""
 
-    def __init__(self, student, teacher):
-        super().__init__(student, teacher, w_ce=0.5, w_kl=0.5)
+    def __init__(self, student, teachers, section):
+        super().__init__(student, teachers, section)
         self.projection = torch.nn.Linear(32, 8)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, **cached):
         hidden = self.student(input_ids=input_ids, output_hidden_states=True).hidden_states[-1]
-        terms = super().forward(input_ids)
+        terms = super().forward(input_ids, **cached)
         return {**terms, "loss": terms["loss"] + self.projection(hidden).square().mean()}
 
 
 @pytest.fixture
 def open_distillation(corpus, teacher, tmp_path):
-    """(config, folder, data, teacher model) of a student run of two steps that has not begun."""
+    """(config, folder, data, teacher) of a student run of two steps that has not begun."""
 
     def open_it(**sections):
         sections = {"training": {"steps": 2, "precision": "bf16"}, "logging": {"eval_steps": 1},
                     "distillation": {"teacher": str(teacher)}, **sections}
         config = student_config(corpus, tmp_path / "models", **sections)
         training.start_process(config)
-        folder = training.open_run(config, "train_student.py", teacher=str(teacher))
+        folder = training.open_run(config, "train_student.py", teachers=[str(teacher)])
         data = training.load_data(config)
-        return config, folder, data, models.load_teacher(str(teacher), data.tokenizer)
+        return config, folder, data, Teacher.from_model(models.load_teacher(str(teacher), data.tokenizer))
 
     return open_it
 
 
 def test_everything_trainable_is_in_the_optimizer_and_nothing_else(open_distillation):
-    config, folder, data, teacher_model = open_distillation()
-    module = WithProjection(models.build_model(config.model, data.tokenizer, 0), teacher_model)
+    config, folder, data, master = open_distillation()
+    module = WithProjection(models.build_model(config.model, data.tokenizer, 0), [master], config.distillation)
     trainer = training.DistillTrainer(config, folder, data, module, 2, 16, 1, StopRequest())
     trainer.create_optimizer()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -383,12 +383,12 @@ def test_everything_trainable_is_in_the_optimizer_and_nothing_else(open_distilla
     assert decay.keys() == set(names.values())
     assert {name for name, value in decay.items() if value == 0} == {
         name for name in names.values() if "norm" in name or name.endswith("bias")}
-    assert not {id(p) for p in teacher_model.parameters()} & names.keys()
+    assert not {id(p) for p in master.model.parameters()} & names.keys()
 
 
 def test_a_projection_is_trained_and_resumed_but_not_part_of_the_final_model(open_distillation):
-    config, folder, data, teacher_model = open_distillation(checkpoints={"save_steps": 1})
-    module = WithProjection(models.build_model(config.model, data.tokenizer, 0), teacher_model)
+    config, folder, data, master = open_distillation(checkpoints={"save_steps": 1})
+    module = WithProjection(models.build_model(config.model, data.tokenizer, 0), [master], config.distillation)
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     saved = []
     original = folder.rotate
@@ -401,10 +401,11 @@ def test_a_projection_is_trained_and_resumed_but_not_part_of_the_final_model(ope
 
 
 def test_the_teacher_of_a_bf16_run_computes_in_bf16(open_distillation):
-    config, folder, data, teacher_model = open_distillation()
+    config, folder, data, master = open_distillation()
     seen = set()
-    teacher_model.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.add((logits.dtype, teacher_model.training)))
-    module = Distiller(models.build_model(config.model, data.tokenizer, 0), teacher_model, w_ce=0.5, w_kl=0.5)
+    up = master.model.model.layers[0].mlp.up_proj
+    up.register_forward_hook(lambda _module, _inputs, values: seen.add((values.dtype, up.training)))
+    module = Distiller(models.build_model(config.model, data.tokenizer, 0), [master], config.distillation)
     training.train(config, folder, data, module, torch.device("cpu"))
     assert seen == {(torch.bfloat16, False)}
 
@@ -435,7 +436,7 @@ def test_the_final_model_loads_and_generates_in_another_process_elsewhere(one_pr
         assert answer["inputs"] == ["attention_mask", "input_ids"] and answer["tied"] is False
 
 
-def test_the_root_holds_the_final_model_and_its_record(one_process):
+def test_the_root_holds_the_final_model_and_its_record(one_process, teacher):
     files = {path.name for path in one_process.iterdir() if path.is_file()}
     assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert not list(one_process.glob("checkpoint-*")) and not list(one_process.glob(".*"))
@@ -446,7 +447,8 @@ def test_the_root_holds_the_final_model_and_its_record(one_process):
     assert f"{finished['words_seen']:,} words seen" in card and "weights of step 24 of 24" in card and f"{finished['ce']:.4f}" in card
     ledger = finished["ledger"]
     assert ledger["tokenizer_words"] > 0 and ledger["generated_words"] == 0
-    assert ledger["teacher"]["ledger"]["words_seen"] > 0
+    assert [entry["path"] for entry in ledger["teachers"]] == [str(teacher)]
+    assert ledger["teachers"][0]["ledger"]["words_seen"] > 0
     record = json.loads((one_process / "run" / "record.json").read_text())
     assert record["stage"] == "train_student.py" and record["seed"] == 0 and "torch" in record["packages"]
 
