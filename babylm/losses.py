@@ -422,7 +422,7 @@ def _chunk(logits: torch.Tensor, taught: list[torch.Tensor], targets: torch.Tens
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-IN_CACHE, IN_FLIGHT = 2**18, 2**25  # logits (rows x vocabulary) worked on at once: on a CPU, on a GPU
+IN_CACHE, IN_FLIGHT = 2**17, 2**25  # logits (rows x vocabulary) worked on at once: on a CPU, on a GPU
 
 
 def _goal(teachers: list[torch.Tensor], objective: LogitObjective, weights: list[float] | None) -> torch.Tensor | None:
@@ -441,42 +441,35 @@ def _forward_kl_and_ce(student: torch.Tensor, teacher: torch.Tensor | None, targ
     """CE and forward KL of [n, V] logits by their closed form, and the gradient with respect to the student's:
     w_ce (q_1 - target) + w_kl T (q_T - p_T), because d(T^2 KL)/dz = T (q_T - p_T).
     """
+    kept, index = targets != IGNORED, targets.clamp(min=0)[:, None]
     z = _full_precision(student)
-    kept = targets != IGNORED
-    index = targets.clamp(min=0)[:, None]
-    top = z.amax(-1, keepdim=True)
-    shifted = z - top
-    if teacher is None:
-        exp_1 = shifted.exp()
-    else:
-        exp_t = (shifted / temperature).exp()
-        # At T = 2 (and 1) one exponential serves both softmaxes: exp(z) = exp(z/2)^2.
-        exp_1 = exp_t if temperature == 1 else exp_t.square() if temperature == 2 else shifted.exp()
+    z = z - z.amax(-1, keepdim=True)
+    # At T = 1 and 2 one exponential serves both softmaxes: exp(z) = exp(z/2)^2.
+    exp_t = z.exp() if temperature == 1 or teacher is None else (z / temperature).exp_()
+    exp_1 = exp_t if temperature == 1 or teacher is None else exp_t.square() if temperature == 2 else z.exp()
     sum_1 = exp_1.sum(-1, keepdim=True)
     log_sum_1 = sum_1.log()
-    ce = (log_sum_1 - shifted.gather(-1, index)).squeeze(-1) * kept
-    hard = ce if smoothing == 0 else (1 - smoothing) * ce + smoothing * (log_sum_1.squeeze(-1) - shifted.mean(-1)) * kept
-    loss = w_ce * hard
-    slope = None
-    kl = torch.zeros_like(ce)
-    if gradient:
-        slope = exp_1 * (w_ce / sum_1)
-        slope.scatter_add_(-1, index, slope.new_full(index.shape, -w_ce * (1 - smoothing)))
-        if smoothing:
-            slope -= w_ce * smoothing / student.shape[-1]
+    ce = (log_sum_1 - z.gather(-1, index)).squeeze(-1) * kept
+    hard = ce if smoothing == 0 else (1 - smoothing) * ce + smoothing * (log_sum_1.squeeze(-1) - z.mean(-1)) * kept
+    loss, kl, slope = w_ce * hard, torch.zeros_like(ce), None
     if teacher is not None:
         taught = _full_precision(teacher)
         taught = taught - taught.amax(-1, keepdim=True)
-        exp_p = (taught / temperature).exp()
-        sum_p, sum_t = exp_p.sum(-1, keepdim=True), exp_t.sum(-1, keepdim=True)
-        # KL = sum p (log p - log q) = sum p (z_teacher - z_student) / T - log sum_p + log sum_q
-        gap = (exp_p * (taught - shifted)).sum(-1, keepdim=True) / (sum_p * temperature)
+        exp_p = taught.exp() if temperature == 1 else (taught / temperature).exp_()
+        sum_p, sum_t = exp_p.sum(-1, keepdim=True), sum_1 if exp_t is exp_1 else exp_t.sum(-1, keepdim=True)
+        # KL = sum p (log p - log q) = sum p (z_teacher - z_student) / T - log sum_p + log sum_q; the sum is a row-wise dot product
+        gap = torch.bmm(exp_p[:, None], taught.sub_(z)[..., None]).squeeze(-1) / (sum_p * temperature)
         kl = (gap - sum_p.log() + sum_t.log()).squeeze(-1) * kept
         loss = loss + w_kl * temperature**2 * kl
-        if gradient and w_kl:
-            slope += exp_t * (w_kl * temperature / sum_t) - exp_p * (w_kl * temperature / sum_p)
-    if gradient:
-        slope *= kept[:, None]
+    if gradient:  # w_ce (q_1 - target) + w_kl T (q_T - p), 0 where the target is ignored
+        rows = kept[:, None].to(z.dtype)
+        slope = exp_1 * (rows * w_ce / sum_1)
+        if teacher is not None:
+            slope.addcmul_(exp_t, rows * (w_kl * temperature) / sum_t)
+            slope.addcmul_(exp_p, rows * (-w_kl * temperature) / sum_p)
+        slope.scatter_add_(-1, index, rows * (-w_ce * (1 - smoothing)))
+        if smoothing:
+            slope -= rows * (w_ce * smoothing / student.shape[-1])
     return loss, ce, kl, slope
 
 
