@@ -411,7 +411,8 @@ class Distiller(nn.Module):
             return FusedLoss(input_ids[:, 1:], objective, compiled=self.compiled)
         states = [states[teacher.depth] for teacher, states in zip(self.teachers, teachers, strict=True)]
         heads, joint = self._teacher_heads(input_ids.device.type)
-        if joint:
+        if joint:  # rounded to the head's type first, as cached states are, so that both give the same loss bit for bit
+            states = [theirs.to(joint.weight.dtype) for theirs in states]
             return FusedLoss(input_ids[:, 1:], objective, [losses.joint_states(states, self.shares)], [joint], compiled=self.compiled)
         return FusedLoss(input_ids[:, 1:], objective, states, heads, self.shares, self.compiled)
 
