@@ -420,7 +420,9 @@ class Distiller(nn.Module):
         """Every teacher's head in the type of the products, and the joint one where logits are averaged; made once."""
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.teachers[0].head.weight.dtype
         if self._heads is None or self._heads[0][0].weight.dtype != dtype:
-            heads = [Head(*(part.detach().to(dtype) if part is not None else None for part in teacher.head)) for teacher in self.teachers]
+            # Copies in torch's own memory: a head mapped from a file may lie where a matrix product rounds its last bit differently.
+            heads = [Head(*(part.detach().to(dtype, copy=True) if part is not None else None for part in teacher.head))
+                     for teacher in self.teachers]
             joint = None
             if len(heads) > 1 and self.section.combine == "logits":
                 joint = losses.joint_head(heads, self.shares)
