@@ -86,7 +86,7 @@ class LoopMoEP(nn.Module):
                                     for layer in range(1, config.num_hidden_layers - 1))
         self.grow = LoopMixture(config, narrow, [nn.Linear(narrow, wide) for _ in range(config.num_experts)])
         self.final_norm = nn.LayerNorm(wide, config.layer_norm_epsilon)
-        self.load_state_dict(self.renamed({name: value for name, value in body.state_dict().items()}))
+        self.load_state_dict(self.renamed(dict(body.state_dict())))
 
     @staticmethod
     def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
