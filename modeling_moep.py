@@ -152,7 +152,9 @@ class Routing:
 
     def __init__(self, logits: torch.Tensor, k: int, path: str):
         picked, experts = logits.topk(k, dim=-1)
-        self.weights = picked.softmax(dim=-1)  # equals the router's probabilities, renormalised over those picked; [N, k]
+        # The router's probabilities, renormalised over those picked; [N, k]. Of one alone that would be 1 and teach the router
+        # nothing: there the probability itself weighs the branch (Fedus et al. 2021, equation 2).
+        self.weights = picked.softmax(dim=-1) if k > 1 else logits.softmax(dim=-1).gather(1, experts)
         self.path, self.k, self.num_experts = path, k, logits.shape[1]
         if path == "dense":
             self.gates = torch.zeros_like(logits).scatter(1, experts, self.weights)  # [N, E]
@@ -448,7 +450,7 @@ class ParallelLayer(nn.Module):
         inner = routing.linear(middle, *self.mlp_norm.fold(self.up_proj.weight, self.up_proj.bias))
         branch = branch + self.dropout(routing.linear(activation(inner, self.act), self.down_proj.weight, self.down_proj.bias))
 
-        # The weights of a token's blocks add up to 1: its own residual passes the mixture unchanged.
+        # A mixture of (token + branch) with weights that add up to 1 is the token and the mixture of the branches.
         mixed = hidden + routing.combine(branch).to(hidden.dtype).view(batch, length, width)
         return mixed, logits.view(batch, length, experts)
 
@@ -597,6 +599,17 @@ class MoEPForCausalLM(MoEPPreTrainedModel, GenerationMixin):
         self.model = MoEPModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def forward_flops_per_token(self, seq_len: int) -> float:
+        """Multiply-adds of a forward pass, times 2, per token: of the picked blocks only, apart from their Q, K and V; attention
+        at full length, the head included, the embedding lookup and the routers not (Kaplan et al. 2020, appendix)."""
+        config, gates = self.config, 2 if self.config.hidden_act == "swiglu" else 1
+        wide, narrow, picked = config.hidden_size, config.parallel_hidden_size, config.num_experts_per_tok
+        block = 4 * wide**2 + (gates + 1) * wide * config.intermediate_size + 2 * seq_len * wide
+        parallel = (config.num_experts * (3 * narrow**2 + 2 * seq_len * narrow)
+                    + picked * (narrow**2 + (gates + 1) * narrow * config.parallel_intermediate_size))
+        products = 2 * block + (config.num_hidden_layers - 2) * parallel + 2 * picked * wide * narrow + wide * config.vocab_size
+        return 2.0 * products
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head

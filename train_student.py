@@ -12,7 +12,7 @@ the same blocks in the same order: the two differ in the loss alone.
 
 from babylm import models, teacher_cache, training
 from babylm.config import StudentConfig, load
-from babylm.distillation import Distiller, Teacher
+from babylm.distillation import Distiller
 from babylm.run_folder import run_stage
 
 
@@ -20,10 +20,9 @@ def main() -> None:
     # ---- 1. Read the config -----------------------------------------------------------------------------------------
     config, _ = load(StudentConfig, "configs/10M/student.yaml", __doc__, flags=training.RUN_FLAGS)
     device = training.start_process(config)
-    terms = config.distillation
 
     # ---- 2. Open the run folder -------------------------------------------------------------------------------------
-    folder = training.open_run(config, "train_student.py", teachers=[entry.path for entry in terms.entries])
+    folder = training.open_run(config, "train_student.py", teachers=[entry.path for entry in config.distillation.entries])
     if folder is None:
         return
 
@@ -31,12 +30,9 @@ def main() -> None:
     data = training.load_data(config)
 
     # ---- 4. Build the models ----------------------------------------------------------------------------------------
-    if terms.cache:
-        teachers = teacher_cache.open_teachers(config, data)
-    else:
-        teachers = [Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry) for entry in terms.entries]
+    teachers = teacher_cache.open_teachers(config, data)
     student = models.build_model(config.model, data.tokenizer, config.seed)
-    distiller = Distiller(student, teachers, terms, compiled=config.training.compile)
+    distiller = Distiller(student, teachers, config.distillation, compiled=config.training.compile)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------
     training.train(config, folder, data, distiller, device)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -176,6 +176,42 @@ class ModelSection(Section):
             raise ValueError(f"kv_heads {self.kv_heads} needs architecture llama and must divide heads {self.heads}")
         if self.architecture in ("llama", "gptj") and (self.width // self.heads) % 2:
             raise ValueError("rotary positions need an even width per head")
+        return self
+
+
+class MoEPModelSection(Section):
+    """The MoE-P student (modeling_moep.py); the defaults are the published configuration."""
+
+    init: Literal["random", "pretrained"] = key("random", "random weights from the keys below, or those in `path`")
+    path: str | None = key(None, "with init: pretrained - a folder with a MoE-P model")
+    architecture: Literal["moep"] = key("moep", "says which student this is")
+    layers: int = key(12, "the first block, the parallel layers, the last block", ge=2)
+    width: int = key(384, "of embeddings, first and last block, and output", ge=8)
+    heads: int = key(6, "attention heads of the first and the last block", ge=1)
+    ffn: int | None = key(None, "inner width of their feed-forward; default: 4 x width", ge=8)
+    parallel_width: int = key(192, "of the parallel layers", ge=8)
+    parallel_heads: int = key(3, "attention heads of each of their blocks", ge=1)
+    parallel_ffn: int | None = key(None, "inner width of their feed-forward; default: 4 x parallel_width", ge=8)
+    experts: int = key(4, "blocks in a parallel layer; linear experts where the width changes", ge=1)
+    experts_per_token: int = key(2, "how many of them a token uses", ge=1)
+    activation: Literal["gelu_new", "swiglu"] = key("gelu_new", "swiglu has a third matrix of the same inner width")
+    sliding_window: int | None = key(None, "tokens that every second parallel layer attends to; default: all", ge=1)
+    tied: bool = key(True, "share input and output embeddings")
+    max_positions: int = key(512, "longest input; the official evaluation needs at least 512", ge=8)
+    dropout: float = key(0.0, "on embeddings, attention and residuals", ge=0.0, lt=1.0)
+    expert_path: Literal["auto", "loop", "dense", "grouped"] = key(
+        "auto", "how experts are computed: changes speed, not results; auto = what was measured best on the device", identity=False)
+
+    @model_validator(mode="after")
+    def shapes_fit(self) -> "MoEPModelSection":
+        problems = [f"{name} {width} is not a multiple of {name.replace('width', 'heads')} {heads}" for name, width, heads in
+                    (("width", self.width, self.heads), ("parallel_width", self.parallel_width, self.parallel_heads)) if width % heads]
+        if self.experts_per_token > self.experts:
+            problems.append(f"experts_per_token {self.experts_per_token} exceeds experts {self.experts}")
+        if (self.init == "pretrained") != bool(self.path):
+            problems.append("init: pretrained and path go together: give both or neither")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -486,6 +522,29 @@ class StudentConfig(RunConfig):
     distillation: DistillationSection = key(..., "what the teacher teaches")
 
 
+class BalanceSection(Section):
+    """Load balancing: E * sum f_e P_e per sequence, mean over the routers; 1 where every expert is used alike."""
+
+    weight: Weight = key(fixed(0.01), "weight of the term; 0 leaves the routers to themselves")
+
+
+class MoEPDistillationSection(DistillationSection):
+    balance: BalanceSection = key(BalanceSection(), "keeps the routers from sending every token to the same experts")
+
+
+class MoEPStudentConfig(StudentConfig):
+    """Stage 5, `train_moep_student.py`."""
+
+    model: MoEPModelSection = key(MoEPModelSection(), "what is trained")
+    distillation: MoEPDistillationSection = key(..., "what the teacher teaches")
+
+
+def student_schema(values: dict) -> type[StudentConfig]:
+    """The schema of a student's YAML, for what serves stages 4 and 5 alike: by its model.architecture."""
+    model = values.get("model")
+    return MoEPStudentConfig if isinstance(model, dict) and model.get("architecture") == "moep" else StudentConfig
+
+
 # ---- From files and flags to a config -------------------------------------------------------------------------------
 
 
@@ -603,12 +662,12 @@ def content_hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load(schema: type[Section], default_path: str, description: str, arguments: list[str] | None = None,
+def load(schema: type[Section] | Callable[[dict], type[Section]], default_path: str, description: str, arguments: list[str] | None = None,
          flags: dict[str, dict] | None = None) -> tuple[Any, argparse.Namespace]:
     """Read a stage's command line and YAML.
 
     Args:
-        schema: the stage's config class.
+        schema: the stage's config class, or a function that picks it by what the YAML says.
         default_path: YAML used without --config.
         description: the script's docstring, shown by --help.
         arguments: command line without the program name; default: sys.argv[1:].
@@ -638,4 +697,4 @@ def load(schema: type[Section], default_path: str, description: str, arguments: 
             apply_override(values, f"{path}={json.dumps(value if value is not None else given)}")
     for override in args.overrides:
         apply_override(values, override)
-    return check(schema, values, str(args.config)), args
+    return check(schema if isinstance(schema, type) else schema(values), values, str(args.config)), args

@@ -16,6 +16,7 @@ from torch import nn
 from babylm import losses, models
 from babylm.config import AuxiliarySection, ContrastiveSection, DistillationSection, HiddenSection, TeacherEntry, UserError, fixed
 from babylm.losses import FusedTerms, Head
+from modeling_moep import MoEPConfig, load_balancing_loss
 
 CROSS_ENTROPY = DistillationSection(w_ce=fixed(1.0), w_kl=fixed(0.0))
 
@@ -54,6 +55,10 @@ class Teacher:
         if linear is None:
             raise UserError(f"the teacher {entry.path if entry else type(model).__name__} makes its logits by more than one linear layer "
                             "of its last hidden state (scaled, capped or adapted): merge adapters, or take another teacher")
+        widths = models.state_widths(model.config)
+        if entry and (narrow := [state for state in entry.layers if state < len(widths) and widths[state] != linear.in_features]):
+            raise UserError(f"distillation.teachers: state {narrow[0]} of {entry.path} is {widths[narrow[0]]} wide: only states as wide as "
+                            f"what its head reads ({linear.in_features}) can be mapped")
         return cls(Head(linear.weight, linear.bias), model.config.num_hidden_layers, linear.in_features, model, entry)
 
     def states(self, input_ids: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
@@ -101,6 +106,7 @@ class View:
     teachers: list[dict[int, torch.Tensor]]  # the same, of each teacher
     fused: "FusedLoss"  # CE and KL of any states under any head
     lm_head: Head
+    routers: tuple[torch.Tensor, ...] = ()  # [B, T, E] of each router of a mixture-of-experts student
 
     @property
     def last(self) -> torch.Tensor:
@@ -152,7 +158,7 @@ class HiddenTerm(nn.Module):
     name = "hidden"
     reads_teachers = True
 
-    def __init__(self, section: HiddenSection, student_width: int, student_depth: int, teachers: list[Teacher], shares: list[float]):
+    def __init__(self, section: HiddenSection, student_widths: list[int], student_depth: int, teachers: list[Teacher], shares: list[float]):
         super().__init__()
         self.kind, self.normalise, self.shares = section.loss, section.normalise, shares
         self.maps: list[list[tuple[int, int]]] = []
@@ -163,7 +169,7 @@ class HiddenTerm(nn.Module):
                     raise UserError(f"distillation.teachers: the layer map of {teacher.entry.path} sends state {theirs} to {ours}, but the "
                                     f"teacher has states 0 ... {teacher.depth} and the student 0 ... {student_depth}")
             self.maps.append(pairs)
-        self.projections = nn.ModuleList(nn.ModuleList(nn.Linear(student_width, teacher.width) for _ in pairs)
+        self.projections = nn.ModuleList(nn.ModuleList(nn.Linear(student_widths[ours], teacher.width) for _, ours in pairs)
                                          for teacher, pairs in zip(teachers, self.maps, strict=True))
 
     def forward(self, view: View) -> Outcome:
@@ -207,7 +213,7 @@ class AuxiliaryTerm(nn.Module):
 
     name = "aux"
 
-    def __init__(self, section: AuxiliarySection, student_width: int, student_depth: int, entries: int, teachers: list[Teacher],
+    def __init__(self, section: AuxiliarySection, student_widths: list[int], student_depth: int, entries: int, teachers: list[Teacher],
                  shares: list[float]):
         super().__init__()
         if max(section.blocks) >= student_depth:
@@ -217,12 +223,14 @@ class AuxiliaryTerm(nn.Module):
         self.feature_weight = section.feature_weight
         self.reads_teachers = self.feature_weight > 0
         self.features, self.heads, self.projections = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        for block in map(str, section.blocks):
-            self.features[block] = nn.Sequential(nn.Linear(student_width, student_width), nn.GELU(), nn.Dropout(section.dropout))
+        for block in section.blocks:
+            width, name = student_widths[block], str(block)
+            inner = student_widths[-1] if section.share_head else width
+            self.features[name] = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Dropout(section.dropout))
             if not section.share_head:
-                self.heads[block] = nn.Linear(student_width, entries)
+                self.heads[name] = nn.Linear(width, entries)
             if self.feature_weight:
-                self.projections[block] = nn.ModuleList(nn.Linear(student_width, teacher.width) for teacher in teachers)
+                self.projections[name] = nn.ModuleList(nn.Linear(width, teacher.width) for teacher in teachers)
 
     def forward(self, view: View) -> Outcome:
         columns, losses_of_heads = {}, []
@@ -268,6 +276,39 @@ class AuxiliaryTerm(nn.Module):
         return set(self.blocks)
 
 
+class BalanceTerm(nn.Module):
+    """The load-balancing loss of a mixture-of-experts student's routers, and what validation tells about them."""
+
+    name = "balance"
+    reads_teachers = False
+
+    def __init__(self, config: MoEPConfig):
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.routers = ["shrink", *(f"layer{number}" for number in range(1, config.num_hidden_layers - 1)), "grow"]
+        self.experts = config.num_experts
+
+    def forward(self, view: View) -> Outcome:
+        balance = load_balancing_loss(view.routers, self.k)  # one value per sequence
+        columns = {"balance": balance.detach()[:, None].expand(view.targets.shape)}
+        with torch.no_grad():
+            logits = torch.stack(view.routers)[:, :, :-1].float()  # [R, B, T-1, E]
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+            columns["router_entropy"] = entropy.mean(0)
+            if not self.training:  # in validation: for every router and expert
+                load = torch.zeros_like(logits).scatter(-1, logits.topk(self.k, dim=-1).indices, 1 / self.k)
+                columns["router_dropped"] = 1 - load.sum(-1).mean(0)
+                columns |= {f"entropy/{router}": values for router, values in zip(self.routers, entropy, strict=True)}
+                columns |= {f"load/{router}/{number}": load[index, ..., number] for index, router in enumerate(self.routers)
+                            for number in range(self.experts)}
+        return Outcome(balance.mean(), columns)
+
+    def columns(self) -> list[str]:
+        """Names of what validation reports: nats, and shares of a token's choices."""
+        return ["balance", "router_entropy", "router_dropped", *(f"entropy/{router}" for router in self.routers),
+                *(f"load/{router}/{number}" for router in self.routers for number in range(self.experts))]
+
+
 def _like(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """Cached states in the type of the layer that reads them (autocast does the rest)."""
     return states.to(layer.weight.dtype)
@@ -304,16 +345,19 @@ class Distiller(nn.Module):
         body, linear = models.body_and_head(student)
         self._halves = (body, linear)  # in a tuple: they are part of the student, and must not be registered twice
         config = student.config
-        width, depth = config.hidden_size, config.num_hidden_layers
+        depth = config.num_hidden_layers
+        widths = models.state_widths(config)
         self.depth = depth
         self.terms = nn.ModuleDict()
         if section.hidden and section.hidden.weight.largest > 0:
-            self.terms["hidden"] = HiddenTerm(section.hidden, width, depth, self.teachers, self.shares)
+            self.terms["hidden"] = HiddenTerm(section.hidden, widths, depth, self.teachers, self.shares)
         if section.contrastive and section.contrastive.weight.largest > 0:
-            self.terms["contrastive"] = ContrastiveTerm(section.contrastive, width, self.teachers, self.shares)
+            self.terms["contrastive"] = ContrastiveTerm(section.contrastive, widths[-1], self.teachers, self.shares)
         if section.auxiliary and section.auxiliary.weight.largest > 0:
             entries = student.get_output_embeddings().weight.shape[0]
-            self.terms["auxiliary"] = AuxiliaryTerm(section.auxiliary, width, depth, entries, self.teachers, self.shares)
+            self.terms["auxiliary"] = AuxiliaryTerm(section.auxiliary, widths, depth, entries, self.teachers, self.shares)
+        if config.model_type == "moep":  # without a weight too: validation shows what the routers do
+            self.terms["balance"] = BalanceTerm(config)
         if self.terms and self._halves[1] is None:
             raise UserError("hidden, auxiliary and contrastive need a student whose logits are one linear layer of its last hidden state")
         if compiled:
@@ -354,12 +398,12 @@ class Distiller(nn.Module):
         active = [name for name in self.terms if weights[name] > 0 or everything]
         w_kl = weights["kl"] * losses.kl_scale(self.section.kl_reduction, input_ids.shape[1])
         with_kl = bool(self.teachers) and (w_kl > 0 or everything)
-        student, head = self._student_states(input_ids, active)
+        student, head, routers = self._student_states(input_ids, active)
         read = with_kl or any(self.terms[name].reads_teachers for name in active)
         teachers = self._teacher_states(input_ids, cached) if read else []
         objective = replace(self._objective(), w_ce=weights["ce"], w_kl=w_kl if with_kl else 0.0)
         fused = self._fused(input_ids, teachers if with_kl else [], objective)
-        view = View(input_ids[:, 1:], student, teachers, fused, head)
+        view = View(input_ids[:, 1:], student, teachers, fused, head, routers)
 
         columns: dict[str, torch.Tensor] = {}
         loss = view.last.new_zeros((), dtype=torch.promote_types(view.last.dtype, torch.float32))
@@ -383,14 +427,16 @@ class Distiller(nn.Module):
             columns |= self._each_teacher(view, everything)
         return loss, columns
 
-    def _student_states(self, input_ids: torch.Tensor, active: list[str]) -> tuple[dict[int, torch.Tensor], Head]:
+    def _student_states(self, input_ids: torch.Tensor, active: list[str]) -> tuple[dict[int, torch.Tensor], Head, tuple]:
         linear = self._halves[1]
         if linear is None:  # the whole model makes the logits, and the loss takes those
-            return {self.depth: self.student(input_ids=input_ids, use_cache=False).logits[:, :-1]}, Head(None)
+            return {self.depth: self.student(input_ids=input_ids, use_cache=False).logits[:, :-1]}, Head(None), ()
         wanted = set().union(*(self.terms[name].student_states() for name in active if hasattr(self.terms[name], "student_states")))
-        output = self._halves[0](input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted - {self.depth}))
+        routed = {"output_router_logits": True} if "balance" in active else {}
+        output = self._halves[0](input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted - {self.depth}), **routed)
         states = {state: output.hidden_states[state][:, :-1] for state in wanted - {self.depth}}
-        return {**states, self.depth: output.last_hidden_state[:, :-1]}, Head(linear.weight, linear.bias)
+        states[self.depth] = output.last_hidden_state[:, :-1]
+        return states, Head(linear.weight, linear.bias), output.router_logits if routed else ()
 
     def _teacher_states(self, input_ids: torch.Tensor, cached: dict[str, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
         found = []
@@ -457,7 +503,8 @@ class Distiller(nn.Module):
         """{term: Schedule of its weight}."""
         section = self.section
         w_ce, w_kl = section.weights
-        return {"ce": w_ce, "kl": w_kl, **{name: getattr(section, name).weight for name in self.terms}}
+        terms = {name: getattr(section, name, None) for name in self.terms}
+        return {"ce": w_ce, "kl": w_kl, **{name: term.weight if term else fixed(0.0) for name, term in terms.items()}}
 
     def columns(self) -> list[str]:
         """Names of what validation reports, the same on every process."""
@@ -470,7 +517,7 @@ class Distiller(nn.Module):
             term = self.terms["auxiliary"]
             kinds = ("ce", "kl") if self.teachers else ("ce",)
             names += [f"aux{block}_{kind}" for block in term.blocks for kind in kinds] + ["aux_features"] * bool(term.feature_weight)
-        return names
+        return names + (self.terms["balance"].columns() if "balance" in self.terms else [])
 
     def scheduled(self) -> dict[str, float]:
         """Present values of what changes over training, for the log."""
@@ -489,7 +536,7 @@ class Distiller(nn.Module):
             restricted = f" on the top {section.approximate_top_k} entries (an approximation)" if section.approximate_top_k else (
                 f" on the top {section.approximate_top_p:g} of the mass (an approximation)" if section.approximate_top_p else "")
             parts.append(f"{w_kl} T^2 {name}{restricted}")
-        parts += [f"{self.weights()[name]} {name}" for name in self.terms]
+        parts += [f"{weight} {name}" for name in self.terms if (weight := self.weights()[name]).largest]
         line = "loss = " + " + ".join(parts)
         if line == "loss = 1 CE":
             line = "loss = CE"

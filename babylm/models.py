@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from babylm.config import LoraSection, ModelSection, TrainingSection, UserError
+from babylm.config import LoraSection, ModelSection, MoEPModelSection, TrainingSection, UserError
 from custom_dataset import file_sha256, tokenizer_fingerprint
+from modeling_moep import MoEPConfig, MoEPForCausalLM
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -115,7 +116,7 @@ def require_same_vocabulary(path: str, tokenizer: PreTrainedTokenizerFast, role:
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 
-def build_model(section: ModelSection, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+def build_model(section: ModelSection | MoEPModelSection, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A causal language model: random weights drawn from `seed` (set here, before the first weight), or pretrained ones.
 
     Raises:
@@ -126,14 +127,21 @@ def build_model(section: ModelSection, tokenizer: PreTrainedTokenizerFast, seed:
         require_same_vocabulary(section.path, tokenizer, "pretrained model")
         return load_causal_lm(section.path)
     config = model_config(section, tokenizer)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return MoEPForCausalLM(config) if section.architecture == "moep" else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerFast) -> transformers.PretrainedConfig:
-    """The transformers config of a random-init model: GPT-2, Llama or GPT-J."""
+def model_config(section: ModelSection | MoEPModelSection, tokenizer: PreTrainedTokenizerFast) -> transformers.PretrainedConfig:
+    """The transformers config of a random-init model: GPT-2, Llama, GPT-J or MoE-P."""
     shared = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
               "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
               "tie_word_embeddings": section.architecture == "gpt2" if section.tied is None else section.tied}
+    if section.architecture == "moep":
+        return MoEPConfig(hidden_size=section.width, num_attention_heads=section.heads, intermediate_size=section.ffn,
+                          num_hidden_layers=section.layers, parallel_hidden_size=section.parallel_width,
+                          parallel_attention_heads=section.parallel_heads, parallel_intermediate_size=section.parallel_ffn,
+                          num_experts=section.experts, num_experts_per_tok=section.experts_per_token, hidden_act=section.activation,
+                          max_position_embeddings=section.max_positions, sliding_window=section.sliding_window,
+                          dropout=section.dropout, attention_dropout=section.dropout, expert_path=section.expert_path, **shared)
     if section.architecture == "llama":
         if shared["pad_token_id"] in (shared["bos_token_id"], shared["eos_token_id"]):
             shared["pad_token_id"] = None  # Llama's embedding never trains the row of its pad token: here, the start token's
@@ -232,6 +240,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     save_tokenizer(tokenizer, folder, max_length=getattr(model.config, "max_position_embeddings", 1024))
 
 
+def state_widths(config: transformers.PretrainedConfig) -> list[int]:
+    """Width of each hidden state of a model, from the embeddings to what the head reads; MoE-P's differ."""
+    return getattr(config, "hidden_state_sizes", [config.hidden_size] * (config.num_hidden_layers + 1))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once, 4-bit ones by their number and not by their bytes."""
     return sum(_numel(parameter) for parameter in model.parameters())
@@ -246,6 +259,8 @@ def forward_flops_per_token(model: nn.Module, seq_len: int) -> float:
     """Multiply-adds of a forward pass, times 2, per token: 2 per weight of every matrix (the head included, the embedding
     lookup not) and 2*2*T*width per block for attention (Kaplan et al. 2020, appendix; backward costs twice as much)."""
     config = model.config
+    if hasattr(model, "forward_flops_per_token"):
+        return model.forward_flops_per_token(seq_len)
     lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     matrices = sum(_numel(p) for p in model.parameters() if p.dim() >= 2 and p is not lookup and p is not head) + head.numel()
     return 2.0 * matrices + 4.0 * seq_len * config.hidden_size * config.num_hidden_layers

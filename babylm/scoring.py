@@ -58,11 +58,28 @@ def domain_sums(terms: Terms, blocks: EvalBlocks, chosen: Iterable[Sequence[int]
 
 
 def means(counts: torch.Tensor, sums: dict[str, torch.Tensor], domains: list[str]) -> dict[str, Any]:
-    """{"ce": ..., "perplexity": exp(ce), "ce_by_domain": {...}} and the mean of every other term, from `domain_sums`."""
-    row: dict[str, Any] = {name: float(values.sum() / counts.sum()) for name, values in sums.items()}
+    """{"ce": ..., "perplexity": exp(ce), "ce_by_domain": {...}} and the mean of every other term, from `domain_sums`.
+
+    A term named `load/grow/0` is what a part of a model did: its means are nested, row["load"]["grow"]["0"], and are given
+    per domain too, row["load_by_domain"]["childes"]["grow"]["0"].
+    """
+    row: dict[str, Any] = {name: float(values.sum() / counts.sum()) for name, values in sums.items() if "/" not in name}
+    for name in (name for name in sums if "/" in name):
+        kind, *path = name.split("/")
+        _nest(row, [kind, *path], float(sums[name].sum() / counts.sum()))
+        for i, domain in enumerate(domains):
+            if counts[i] > 0:
+                _nest(row, [f"{kind}_by_domain", domain, *path], float(sums[name][i] / counts[i]))
     row["perplexity"] = perplexity(row["ce"])
     row["ce_by_domain"] = {name: float(sums["ce"][i] / counts[i]) for i, name in enumerate(domains) if counts[i] > 0}
     return row
+
+
+def _nest(table: dict, path: list[str], value: float) -> None:
+    *outer, last = path
+    for name in outer:
+        table = table.setdefault(name, {})
+    table[last] = value
 
 
 def perplexity(ce: float) -> float:

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from babylm import models, training
-from babylm.config import StudentConfig, TeacherEntry, UserError, content_hash, load
+from babylm.config import StudentConfig, TeacherEntry, UserError, content_hash, load, student_schema
 from babylm.distillation import Teacher, state_key
 from babylm.losses import Head
 from babylm.run_folder import Preempted, StopRequest, require_finished, run_stage, write_json
@@ -109,7 +109,7 @@ def teacher_folder(config: StudentConfig, entry: TeacherEntry, tokenizer_hash: s
 
 
 def main() -> None:
-    config, _ = load(StudentConfig, "configs/10M/student.yaml", __doc__)
+    config, _ = load(student_schema, "configs/10M/student.yaml", __doc__)
     if not config.distillation.entries:
         raise UserError("distillation: the config has no teacher, so there is nothing to cache")
     device = training.start_process(config)
@@ -231,12 +231,16 @@ def _bytes(values: torch.Tensor, dtype: str) -> bytes:
 
 
 def open_teachers(config: StudentConfig, data: training.Data) -> list[Teacher]:
-    """Teachers without bodies, whose states come with the data: `data.train` and `data.val` get them beside each block.
+    """The teachers that a student's config names: whole models, or with `cache: true` heads whose states come with the data.
+
+    In that case `data.train` and `data.val` get the states beside each block.
 
     Raises:
         UserError: a part of the cache is missing or cut short; the message names the command that makes it.
     """
     section, tokenizer_hash = config.distillation, tokenizer_fingerprint(data.tokenizer)
+    if not section.cache:
+        return [Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry) for entry in section.entries]
     sequences = block_sequences(data)
     teachers, readers = [], []  # readers: (key in the batch, {layout or "val": memory map}, stored type)
     for number, entry in enumerate(section.entries):

@@ -43,6 +43,8 @@ from custom_dataset import EvalBlocks, TextPart, TokenBlocks, open_store, tokeni
 MILLION = 1_000_000
 # Revision names that the official evaluation loops over.
 OFFICIAL_MILESTONES = [n * MILLION for n in (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))]
+EVALUATION_TOKENS = 344  # the longest item of the official evaluation (entity tracking)
+LEARNED_POSITIONS = ("gpt2", "moep")  # a vector per position: those beyond the training blocks are never trained
 RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this checkpoint-<step> folder"}}
 
 
@@ -196,6 +198,13 @@ def require_positions(role: str, model: torch.nn.Module, seq_len: int) -> None:
                         "more positions")
 
 
+def untrained_positions(model: torch.nn.Module, seq_len: int) -> int | None:
+    """The first learned position that blocks of `seq_len` never train, if the evaluation reads that far; else None."""
+    config = model.config
+    short = seq_len < min(EVALUATION_TOKENS, config.max_position_embeddings)
+    return seq_len + 1 if config.model_type in LEARNED_POSITIONS and short else None
+
+
 def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int, per_device: int, accumulation: int,
                 processes: int, device: torch.device) -> None:
     training, seq_len = config.training, config.data.seq_len
@@ -214,6 +223,9 @@ def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int,
           f"{data.train.blocks_per_epoch:,} blocks of {seq_len}; validation on {len(data.val):,} blocks")
     print(f"batch      {batch} sequences = {processes} process(es) x {per_device} x {accumulation} accumulation; {tokens:,} tokens a step")
     print(f"budget     {steps:,} steps = {epochs:.2f} epochs = {words:,} words seen")
+    if config.model.init == "random" and (untrained := untrained_positions(distiller.student, seq_len)):
+        print(f"warning    data.seq_len {seq_len}: the student's positions from {untrained} on stay random, but the official evaluation "
+              f"reads up to {EVALUATION_TOKENS} tokens at once")
     if training.warmup_steps >= steps:
         print(f"warning    training.warmup_steps {training.warmup_steps} >= {steps} steps: the peak learning rate is never used")
     print(f"objective  {distiller.describe(seq_len)}")

@@ -53,15 +53,16 @@ class LoopMixture(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.router(x)
         weights, picked = logits.softmax(-1).topk(self.k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        result = 0.0
+        if self.k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        result = 0.0 if isinstance(self.experts[0], nn.Linear) else x
         for number, expert in enumerate(self.experts):
             if isinstance(expert, nn.Linear):
                 tokens, slots = torch.where((picked == number).flatten(0, 1))
                 made = weights.flatten(0, 1)[tokens, slots, None] * expert(x.flatten(0, 1)[tokens])
                 result = result + made.new_zeros(x.shape[0] * x.shape[1], made.shape[1]).index_add(0, tokens, made)
             else:
-                result = result + (weights * (picked == number)).sum(-1, keepdim=True) * expert(x)
+                result = result + (weights * (picked == number)).sum(-1, keepdim=True) * (expert(x) - x)
         return result.view(*x.shape[:2], -1), logits
 
 
