@@ -2,7 +2,8 @@
 
 Reads   models/<name>/run/metrics.jsonl, finished.json and, where a model has been scored, scores.json
 Writes  figures/<metric>.png and .svg (column width), overview.png and .svg (page width), and for scored models
-        pairs.png/.svg (minimal pairs) and domains.png/.svg (perplexity per domain)
+        pairs.png/.svg (minimal pairs) and domains.png/.svg (perplexity per domain);
+        experts-<name>.png/.svg (which experts each router chose, by domain) for mixture-of-experts students
 Run     python visual.py models/GPT2-Small-BabyLM-CE models/GPT2-Small-Distilled --x words --table
 Expect  a few seconds and under 200 MB, without a GPU; a run that is still training can be drawn as often as you like
 
@@ -19,7 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from babylm.figures import curve_figure, domains_plot, load_metrics, number, pairs_plot, points, save, scored, si
+from babylm.figures import curve_figure, domains_plot, experts_plot, load_metrics, number, pairs_plot, points, save, scored, si
 
 DEFAULT = "ce,kl,perplexity,lr"
 SHORT = {"bnc_spoken": "bnc", "childes": "child", "gutenberg": "gutb", "open_subtitles": "subt", "simple_wiki": "wiki",
@@ -129,6 +130,7 @@ def main(argv=None) -> int:
     figures["overview"] = curve_figure(kept, DEFAULT.split(","), args.x, 6.8, args.smooth, args.log_y)
     if any(scored(run, "pairs") for run in kept):
         figures |= {"pairs": pairs_plot(kept, args.width), "domains": domains_plot(kept, args.width)}
+    figures |= {f"experts-{run.folder.name}": figure for run in kept if (figure := experts_plot(run)) is not None}
     for name, figure in figures.items():
         if figure is not None:
             print("wrote", *save(figure, args.output / name.replace("/", "-")))

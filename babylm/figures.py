@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -25,7 +26,8 @@ GREY, KINDS, SCALES = "#666666", ("train", "validation"), ("linear", "log")
 SMALL = {"fontsize": 6, "color": GREY, "textcoords": "offset points"}
 FLAG = {"linestyle": "", "marker": "v", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.7}
 LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate",
-          "hidden": "distance of hidden states", "contrastive": "contrastive term (nats/token)"}
+          "hidden": "distance of hidden states", "contrastive": "contrastive term (nats/token)",
+          "balance": "load-balancing loss (1 = even)", "router_entropy": "router entropy (nats)"}
 X_AXES = {"steps": ("step", "optimizer steps"), "words": ("words", "words seen"), "time": ("seconds", "seconds")}
 RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}, "grid.linewidth": 0.5,
       "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5,
@@ -266,4 +268,35 @@ def domains_plot(runs, width=3.3):
     fig, ax = _dots(runs, tables, "perplexity", {"all"}, width, 1)
     ax.set(xscale="log", xlabel="validation perplexity (lower is better)")
     _ticks(ax.xaxis, *ax.get_xlim(), log=True)
+    return fig
+
+
+@style()
+def experts_plot(run, width=6.8):
+    """Which experts each router chose in the last validation: a panel for all text and one per domain; None without data.
+
+    Rows are routers from input to output, columns experts; a cell is the expert's share of the choices, and the colours are
+    centred on even use.
+    """
+    row = next((row for row in reversed(run.evals) if isinstance(row.get("load"), dict)), None)
+    if row is None:
+        return None
+    tables = {"all text": row["load"], **row.get("load_by_domain", {})}
+    routers = list(row["load"])
+    even = 1 / len(row["load"][routers[0]])
+    fig = Figure(figsize=(width, 0.9 + 0.16 * len(routers)), layout="constrained")
+    panels = fig.subplots(1, len(tables), sharey=True)
+    largest = max(number(share) for table in tables.values() for router in table.values() for share in router.values())
+    for ax, (name, table) in zip(np.atleast_1d(panels), tables.items(), strict=True):
+        shares = np.array([[number(share) for share in table[router].values()] for router in routers])
+        image = ax.imshow(shares, cmap="RdBu_r", norm=TwoSlopeNorm(even, 0, max(largest, 1.01 * even)), aspect="auto")
+        ax.set_title(name.replace("_", "\n"), fontsize=6.5)
+        ax.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
+        ax.set_yticks(range(len(routers)), [router.replace("layer", "layer ") for router in routers])
+        ax.grid(visible=False)
+        ax.tick_params(length=0)
+    fig.supxlabel("expert", fontsize=7)
+    fig.suptitle(f"{run.label}: share of a router's choices", fontsize=7, x=0.01, ha="left")
+    bar = fig.colorbar(image, ax=panels, shrink=0.9, pad=0.01, ticks=[0, even, largest])
+    bar.ax.set_yticklabels(["0", f"{even:.0%} even", f"{largest:.0%}"], fontsize=6)
     return fig
