@@ -123,6 +123,11 @@ class MoEPConfig(PretrainedConfig):
         return found
 
     @property
+    def residual_initializer_range(self) -> float:
+        """Standard deviation of the projections into the residual stream, two per layer (GPT-2)."""
+        return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
+    @property
     def hidden_state_sizes(self) -> list[int]:
         """Width of each of the num_hidden_layers + 1 `hidden_states`: embeddings, outputs of the layers, what the head reads."""
         return [self.hidden_size] * 2 + [self.parallel_hidden_size] * (self.num_hidden_layers - 2) + [self.hidden_size]
@@ -271,7 +276,11 @@ class _LoopLinear(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """A linear map to one logit per expert, computed in fp32 whatever the autocast type: small differences decide."""
+    """A linear map of standardised tokens to one logit per expert, in fp32 whatever the autocast type: small differences decide.
+
+    On the residual stream itself, whose norm grows from layer to layer and step to step, routers soon choose with certainty
+    and learn no more.
+    """
 
     def __init__(self, width: int, config: MoEPConfig):
         super().__init__()
@@ -344,13 +353,16 @@ class MixtureLinear(nn.Module):
 
     def __init__(self, config: MoEPConfig, width_in: int, width_out: int):
         super().__init__()
+        self.epsilon = config.layer_norm_epsilon
         self.router = Router(width_in, config)
         self.experts = ExpertLinear(config.num_experts, width_in, width_out)
+        # There is no residual branch around it: drawn so that the stream keeps its scale through the mean of k random maps.
+        self.experts.initializer_range = (config.num_experts_per_tok / width_in) ** 0.5
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, in] -> ([B, T, out], router logits [B, T, E])."""
         tokens = hidden.flatten(0, 1)
-        routing, logits = self.router(tokens)
+        routing, logits = self.router(F.layer_norm(tokens, tokens.shape[-1:], eps=self.epsilon))
         rows = routing.linear(routing.spread(tokens), self.experts.weight, self.experts.bias)
         mixed = routing.combine(rows).to(hidden.dtype)
         return mixed.view(*hidden.shape[:2], -1), logits.view(*hidden.shape[:2], -1)
@@ -409,6 +421,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, config.layer_norm_epsilon)
         self.up_proj = nn.Linear(width, inner * (2 if self.act == "swiglu" else 1))
         self.down_proj = nn.Linear(inner, width)
+        self.out_proj.initializer_range = self.down_proj.initializer_range = config.residual_initializer_range
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
@@ -431,17 +444,18 @@ class ParallelLayer(nn.Module):
         self.mlp_norm = ExpertNorm(experts, width)
         self.up_proj = ExpertLinear(experts, width, inner * (2 if self.act == "swiglu" else 1))
         self.down_proj = ExpertLinear(experts, inner, width)
+        self.out_proj.initializer_range = self.down_proj.initializer_range = config.residual_initializer_range
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: torch.Tensor, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, width] -> ([B, T, width], router logits [B, T, E])."""
         (batch, length, width), experts = hidden.shape, self.router.weight.shape[0]
-        tokens = hidden.flatten(0, 1)
-        routing, logits = self.router(tokens)
+        tokens, normed = hidden.flatten(0, 1), F.layer_norm(hidden, (width,), eps=self.epsilon)
+        routing, logits = self.router(normed.flatten(0, 1))
 
         # Attention in all blocks, for all tokens: as keys they serve those that picked other blocks.
         weight, bias = self.attn_norm.fold(self.qkv.weight.view(3, experts, width, width), self.qkv.bias.view(3, experts, width))
-        qkv = F.linear(F.layer_norm(hidden, (width,), eps=self.epsilon), weight.flatten(0, 2), bias.flatten())
+        qkv = F.linear(normed, weight.flatten(0, 2), bias.flatten())
         attended = attention(qkv, self.heads, self.layer).view(-1, experts, width)
 
         # From here on, only what was picked.
@@ -470,8 +484,11 @@ class MoEPPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As GPT-2: normal, biases 0, projections into the residual stream smaller by the square root of their number."""
-        std = self.config.initializer_range
+        """As GPT-2: normal, biases 0, projections into the residual stream smaller by the square root of their number.
+
+        Each parameter is drawn once, by the module that owns it: transformers 5 silently ignores a second draw.
+        """
+        std = getattr(module, "initializer_range", self.config.initializer_range)
         if isinstance(module, nn.LayerNorm | ExpertNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -479,9 +496,6 @@ class MoEPPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        if isinstance(module, Block | ParallelLayer):
-            for projection in (module.out_proj, module.down_proj):
-                nn.init.normal_(projection.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -29,7 +29,7 @@ class LoopBlock(nn.Module):
         batch, length, width = x.shape
         q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.attn_norm(x)).split(width, dim=2))
         if self.window:
-            distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+            distance = torch.arange(length, device=x.device)[:, None] - torch.arange(length, device=x.device)[None]
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < self.window))
         else:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -51,7 +51,7 @@ class LoopMixture(nn.Module):
         self.k, self.router, self.experts = config.num_experts_per_tok, nn.Linear(width, len(experts), bias=False), nn.ModuleList(experts)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.router(x)
+        logits = self.router(F.layer_norm(x, x.shape[-1:]))
         weights, picked = logits.softmax(-1).topk(self.k, dim=-1)
         if self.k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -108,10 +108,15 @@ class LoopMoEP(nn.Module):
                 found[name] = value
         return found
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def states(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What the head reads, and the routers' logits."""
         x = self.wte(input_ids) + self.wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
         x, routers = self.first(x), []
         for mixture in (self.shrink, *self.layers, self.grow):
             x, logits = mixture(x)
             routers.append(logits)
-        return self.final_norm(self.last(x)) @ self.wte.weight.T, routers
+        return self.final_norm(self.last(x)), routers
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        states, routers = self.states(input_ids)
+        return states @ self.wte.weight.T, routers
