@@ -8,6 +8,8 @@
 #   tune                          a few settings of every method, 400 steps each, seed 0, into models/cpu-tune/
 #   baseline student student-two student-dskd                       seeds 1 2 3 (or those given)
 #   student-aux student-contrastive student-self lambda             first seed; lambda: 0.5, 1, 4 and 128
+#   moep moep-none dense dense-none                                 first two seeds: MoE-P and a dense GPT-2 of equal size
+#   moep-ablations                                                  first seed: balance weight 0 and 0.2, top-1 and top-4
 #   baseline-long student-long student-long-lambda1                 three times the steps, first seed
 #
 # Reads *.train from $BABYLM_SHARED/data/train_10M and *.dev from $BABYLM_SHARED/data/dev where that variable is set,
@@ -16,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 every=(teacher teacher-gpt2 tune baseline student student-two student-dskd student-aux student-contrastive student-self lambda
-       baseline-long student-long student-long-lambda1)
+       moep moep-none dense dense-none moep-ablations baseline-long student-long student-long-lambda1)
 models=()
 seeds=()
 keys=(${THREADS:+training.threads=$THREADS})
@@ -43,11 +45,13 @@ data=${BABYLM_SHARED:+$BABYLM_SHARED/data/}
 "$python" combine_babylm.py --config configs/cpu/corpus.yaml --input "${data}train_10M"
 "$python" combine_babylm.py --config configs/cpu/dev.yaml --input "${data}dev"
 
-run() { # config, name, seed, further keys: stage 3 or 4 by the config's name; the teacher's states are captured first
-  local config=configs/cpu/$1.yaml stage=student
+run() { # config, name, seed, further keys: stage 3, 4 or 5 by the config's name; the teacher's states are captured first
+  local config=configs/cpu/$1.yaml stage=student cached=yes
   [[ $1 == baseline* ]] && stage=baseline
+  [[ $1 == moep* ]] && stage=moep_student
+  [[ $1 == baseline* || $1 == *-none ]] && cached=
   set -- "$config" "name=$2" "seed=$3" "${@:4}" ${keys[@]+"${keys[@]}"}
-  [ $stage = student ] && "$python" -m babylm.teacher_cache --config "$@"
+  [ -z $cached ] || "$python" -m babylm.teacher_cache --config "$@"
   "$python" "train_$stage.py" --config "$@"
 }
 tune() { # config, name, further keys: a short run, to choose by validation CE
@@ -73,8 +77,19 @@ for model in "${models[@]}"; do
       tune student-contrastive contrastive-0p1-tau0p1 distillation.contrastive.weight=0.1 distillation.contrastive.temperature=0.1
       tune student-contrastive contrastive-0p01-tau0p1 distillation.contrastive.weight=0.01 distillation.contrastive.temperature=0.1
       tune student-contrastive contrastive-0p1-tau2 distillation.contrastive.weight=0.1 distillation.contrastive.temperature=2
+      for lr in 2e-3 4e-3 8e-3; do
+        tune moep-none "moep-lr$lr" "training.lr=$lr"
+        tune dense-none "dense-lr$lr" "training.lr=$lr"
+      done
       ;;
     baseline | student | student-two | student-dskd) for seed in "${seeds[@]}"; do run "$model" "$model-s$seed" "$seed"; done ;;
+    moep | moep-none | dense | dense-none) for seed in "${seeds[@]:0:2}"; do run "$model" "$model-s$seed" "$seed"; done ;;
+    moep-ablations)
+      run moep "moep-balance0-s$first" "$first" distillation.balance.weight=0
+      run moep "moep-balance0p2-s$first" "$first" distillation.balance.weight=0.2
+      run moep "moep-top1-s$first" "$first" model.experts_per_token=1
+      run moep "moep-top4-s$first" "$first" model.experts_per_token=4
+      ;;
     lambda) # w_ce + w_kl = 1, so alpha = 1 / (1 + lambda)
       run student "student-lambda0p5-s$first" "$first" distillation.alpha=0.666667
       run student "student-lambda1-s$first" "$first" distillation.alpha=0.5
@@ -91,3 +106,4 @@ finished=(models/cpu/*/run/finished.json)
 "$python" -m babylm.scoring "${finished[@]%/run/finished.json}" --corpus corpus_cpu --eval corpus_cpu_dev
 "$python" visual.py "${finished[@]%/run/finished.json}" --table --output figures/cpu
 "$python" -m benchmarks.study_table models/cpu --control baseline
+"$python" -m benchmarks.study_table models/cpu --control dense-none --only moep dense

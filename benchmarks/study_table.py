@@ -14,13 +14,15 @@ import statistics
 from pathlib import Path
 
 
-def read_runs(folder: Path) -> dict[str, dict[str, float]]:
-    """{method: {seed: validation CE in nats}} of the finished runs in `folder`."""
+def read_runs(folder: Path, only: tuple[str, ...] = ("",)) -> dict[str, dict[str, float]]:
+    """{method: {seed: validation CE in nats}} of the finished runs in `folder` whose names begin with one of `only`."""
     runs: dict[str, dict[str, float]] = {}
     for finished in sorted(folder.glob("*/run/finished.json")):
         scores = finished.with_name("scores.json")
         ce = json.loads((scores if scores.is_file() else finished).read_text(encoding="utf-8"))["ce"]
         name = finished.parent.parent.name
+        if not name.startswith(only):
+            continue
         method, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", name).groups()
         runs.setdefault(method, {})[seed or "-"] = ce
     return runs
@@ -47,8 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of run folders")
     parser.add_argument("--control", default="baseline", help="method that the others are compared with (default: baseline)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="START", help="leave out runs whose names begin otherwise")
     args = parser.parse_args()
-    runs = read_runs(args.folder)
+    runs = read_runs(args.folder, tuple(args.only))
     if not runs:
         raise SystemExit(f"error: no finished runs in {args.folder}")
     print(table(runs, args.control))
