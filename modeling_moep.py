@@ -17,6 +17,7 @@ the blocks that a token has picked. `config.expert_path` says how (see `Routing`
 
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -167,11 +168,12 @@ class Routing:
         self.experts, self.order = experts.flatten().sort(stable=True)  # of each row; which of the N*k choices it is
         self.inverse = self.order.argsort()
         self.tokens = self.order // k
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
-        if path == "loop":
-            self.counts = counts.tolist()  # the one thing that the host must know
+        # Where each expert's rows end; torch.bincount would make the host wait on a GPU.
+        ends = torch.searchsorted(self.experts, torch.arange(self.num_experts, device=logits.device), right=True, out_int32=True)
+        if path == "loop":  # the one thing that the host must know
+            self.counts = [end - start for start, end in pairwise([0, *ends.tolist()])]
         else:
-            self.ends = counts.cumsum(0).to(torch.int32)
+            self.ends = ends
 
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, D] -> rows: every token once per expert that computes it."""

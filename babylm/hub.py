@@ -50,6 +50,7 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
 
 def model_card(config: RunConfig, folder: "RunFolder", result: dict[str, Any]) -> str:
     """The README.md of a final model: what it is, what it has seen, how it scores, how to load it."""
+    remote = ", trust_remote_code=True" if config.model.architecture == "moep" else ""  # modeling_moep.py beside the weights
     domains = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["ce_by_domain"].items())
     return f"""---
 library_name: transformers
@@ -79,7 +80,7 @@ Validation cross-entropy {result["ce"]:.4f} nats per token, perplexity {result["
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{config.name}")
+model = AutoModelForCausalLM.from_pretrained("path/to/{config.name}"{remote})
 tokenizer = AutoTokenizer.from_pretrained("path/to/{config.name}")  # prepends the start token by itself
 ```
 
