@@ -164,6 +164,13 @@ class ModelSection(Section):
     max_positions: int = key(1024, "longest input; the official evaluation needs at least 512", ge=8)
     dropout: float = key(0.0, "on embeddings, attention and residuals (llama: attention only)", ge=0.0, lt=1.0)
 
+    @field_validator("architecture", mode="before")
+    @classmethod
+    def not_of_stage_5(cls, value: Any) -> Any:
+        if value == "moep":
+            raise ValueError("moep is the student of stage 5: python train_moep_student.py --config <this file>")
+        return value
+
     @model_validator(mode="after")
     def shapes_fit(self) -> "ModelSection":
         if self.init == "pretrained" and not self.path:
@@ -201,6 +208,13 @@ class MoEPModelSection(Section):
     dropout: float = key(0.0, "on embeddings, attention and residuals", ge=0.0, lt=1.0)
     expert_path: Literal["auto", "loop", "dense", "grouped"] = key(
         "auto", "how experts are computed: changes speed, not results; auto = what was measured best on the device", identity=False)
+
+    @field_validator("architecture", mode="before")
+    @classmethod
+    def not_of_stage_4(cls, value: Any) -> Any:
+        if value in get_args(ModelSection.model_fields["architecture"].annotation):
+            raise ValueError(f"{value} is a student of stage 4: python train_student.py --config <this file>")
+        return value
 
     @model_validator(mode="after")
     def shapes_fit(self) -> "MoEPModelSection":
