@@ -18,6 +18,7 @@ the blocks that a token has picked. `config.expert_path` says how (see `Routing`
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 import torch
@@ -68,11 +69,12 @@ class MoEPConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.intermediate_size = 4 * (hidden_size or 0) if intermediate_size is None else intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.parallel_hidden_size = parallel_hidden_size
         self.parallel_attention_heads = parallel_attention_heads
-        self.parallel_intermediate_size = parallel_intermediate_size or 4 * parallel_hidden_size
+        self.parallel_intermediate_size = (4 * (parallel_hidden_size or 0) if parallel_intermediate_size is None
+                                           else parallel_intermediate_size)
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.hidden_act = hidden_act
@@ -86,17 +88,24 @@ class MoEPConfig(PretrainedConfig):
         self.output_router_logits = output_router_logits
         self.expert_path = expert_path
         self.use_cache = use_cache
-        if problems := self._problems():
-            raise ValueError("MoEPConfig: " + "; ".join(problems))
-        # transformers sizes its caches by these two; without layer_types it would cut the keys of every layer.
-        windows = [sliding_window is not None and 0 < layer < num_hidden_layers - 1 and layer % 2 == 0
-                   for layer in range(num_hidden_layers)]
-        self.layer_types = ["sliding_attention" if window else "full_attention" for window in windows]
+        self.check()
         kwargs.pop("layer_types", None)
         kwargs["auto_map"] = {"AutoConfig": "modeling_moep.MoEPConfig", "AutoModel": "modeling_moep.MoEPModel",
                               "AutoModelForCausalLM": "modeling_moep.MoEPForCausalLM"}
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
                          tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def check(self) -> None:
+        """Raise a ValueError that lists every value that is out of range or does not fit another."""
+        if problems := self._problems():
+            raise ValueError("MoEPConfig: " + "; ".join(problems))
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer attends to. transformers sizes its caches by this; without, it would cut the keys of every layer."""
+        windows = [self.sliding_window is not None and 0 < layer < self.num_hidden_layers - 1 and layer % 2 == 0
+                   for layer in range(self.num_hidden_layers)]
+        return ["sliding_attention" if window else "full_attention" for window in windows]
 
     def _problems(self) -> list[str]:
         positive = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "parallel_hidden_size",
@@ -112,8 +121,11 @@ class MoEPConfig(PretrainedConfig):
             found.append(f"hidden_act must be gelu_new or swiglu, not {self.hidden_act!r}")
         if self.expert_path not in EXPERT_PATHS:
             found.append(f"expert_path must be one of {', '.join(EXPERT_PATHS)}, not {self.expert_path!r}")
-        found += [f"{name} must be in 0 ... 1, not {getattr(self, name)!r}" for name in ("dropout", "attention_dropout")
-                  if not 0 <= getattr(self, name) < 1]
+        for name, below in (("dropout", 1), ("attention_dropout", 1), ("router_aux_loss_coef", inf), ("initializer_range", inf),
+                            ("layer_norm_epsilon", inf)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < below:
+                found.append(f"{name} must be a number from 0 to below {below}, not {value!r}")
         if found:  # the rest compares numbers with each other
             return found
         for width, heads in (("hidden_size", "num_attention_heads"), ("parallel_hidden_size", "parallel_attention_heads")):
@@ -498,6 +510,10 @@ class MoEPPreTrainedModel(PreTrainedModel):
     _supports_cache_class = True
     _no_split_modules = ["Block", "ParallelLayer", "MixtureLinear"]
 
+    def __init__(self, config: MoEPConfig, *args, **kwargs):
+        config.check()  # from_pretrained(..., key=value) sets values of a finished config
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As GPT-2: normal, biases 0, projections into the residual stream smaller by the square root of their number.
@@ -562,8 +578,8 @@ class MoEPModel(MoEPPreTrainedModel):
             output_router_logits: [B, T, E] of shrink, of each parallel layer, and of grow.
 
         Raises:
-            ValueError: more tokens than positions, both or neither of ids and embeddings, a mask of another length, or
-                attention weights asked for (SDPA makes none).
+            ValueError: more tokens than positions, both or neither of ids and embeddings, a mask of another length,
+                attention weights asked for (SDPA makes none); or a static cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MoE-P: give either input_ids or inputs_embeds")
@@ -574,6 +590,8 @@ class MoEPModel(MoEPPreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not checkpointing
         cache = past_key_values if past_key_values is not None or not use_cache else DynamicCache()
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("MoE-P: a static cache hands out keys of tokens that are not there yet; use a DynamicCache")
         past = int(cache.get_seq_length()) if cache is not None else 0
         position_ids = self._positions(length, past, attention_mask, position_ids, embeds.device)
         attention = Attention(self.config, length, past, attention_mask, cache, embeds.device, self.training)
@@ -673,7 +691,9 @@ class MoEPForCausalLM(MoEPPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if balance:
-                loss = loss + self.config.router_aux_loss_coef * auxiliary
+                total = kwargs.get("num_items_in_batch")  # of all batches whose losses are accumulated: this is one's share of them
+                share = 1.0 if total is None else (labels[..., 1:] != -100).sum() / total
+                loss = loss + self.config.router_aux_loss_coef * share * auxiliary
         output = MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=auxiliary if wants_routers else None, logits=logits, past_key_values=body.past_key_values,
             hidden_states=body.hidden_states, router_logits=body.router_logits if wants_routers else None)
