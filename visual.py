@@ -130,7 +130,7 @@ def main(argv=None) -> int:
     figures["overview"] = curve_figure(kept, DEFAULT.split(","), args.x, 6.8, args.smooth, args.log_y)
     if any(scored(run, "pairs") for run in kept):
         figures |= {"pairs": pairs_plot(kept, args.width), "domains": domains_plot(kept, args.width)}
-    figures |= {f"experts-{run.folder.name}": figure for run in kept if (figure := experts_plot(run)) is not None}
+    figures |= {f"experts-{run.name}": figure for run in kept if (figure := experts_plot(run)) is not None}
     for name, figure in figures.items():
         if figure is not None:
             print("wrote", *save(figure, args.output / name.replace("/", "-")))

@@ -286,7 +286,8 @@ def experts_plot(run, width=6.8):
     even = 1 / len(row["load"][routers[0]])
     fig = Figure(figsize=(width, 0.9 + 0.16 * len(routers)), layout="constrained")
     panels = fig.subplots(1, len(tables), sharey=True)
-    largest = max(number(share) for table in tables.values() for router in table.values() for share in router.values())
+    shares = [number(share) for table in tables.values() for router in table.values() for share in router.values()]
+    largest = max([share for share in shares if math.isfinite(share)], default=even)
     for ax, (name, table) in zip(np.atleast_1d(panels), tables.items(), strict=True):
         shares = np.array([[number(share) for share in table[router].values()] for router in routers])
         image = ax.imshow(shares, cmap="RdBu_r", norm=TwoSlopeNorm(even, 0, max(largest, 1.01 * even)), aspect="auto")

@@ -48,9 +48,9 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
         raise UserError(f"the hub dataset {where} holds no .train files: check download.* in the config")
 
 
-def model_card(config: RunConfig, folder: "RunFolder", result: dict[str, Any]) -> str:
-    """The README.md of a final model: what it is, what it has seen, how it scores, how to load it."""
-    remote = ", trust_remote_code=True" if config.model.architecture == "moep" else ""  # modeling_moep.py beside the weights
+def model_card(config: RunConfig, folder: "RunFolder", result: dict[str, Any], own_code: bool = False) -> str:
+    """The README.md of a final model: what it is, what it has seen, how it scores, how to load it (`own_code`: with code inside)."""
+    trust = ", trust_remote_code=True" if own_code else ""
     domains = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["ce_by_domain"].items())
     return f"""---
 library_name: transformers
@@ -80,8 +80,8 @@ Validation cross-entropy {result["ce"]:.4f} nats per token, perplexity {result["
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{config.name}"{remote})
-tokenizer = AutoTokenizer.from_pretrained("path/to/{config.name}")  # prepends the start token by itself
+model = AutoModelForCausalLM.from_pretrained("path/to/{config.name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("path/to/{config.name}"{trust})  # prepends the start token by itself
 ```
 
 The exact configuration is in `run/config.yaml`, the versions, the commit and the command in `run/record.json`.

@@ -120,12 +120,15 @@ def build_model(section: ModelSection | MoEPModelSection, tokenizer: PreTrainedT
     """A causal language model: random weights drawn from `seed` (set here, before the first weight), or pretrained ones.
 
     Raises:
-        UserError: pretrained weights are missing, or made with another tokenizer than `tokenizer`.
+        UserError: pretrained weights are missing, of another architecture, or made with another tokenizer than `tokenizer`.
     """
     torch.manual_seed(seed)
     if section.init == "pretrained":
         require_same_vocabulary(section.path, tokenizer, "pretrained model")
-        return load_causal_lm(section.path)
+        model = load_causal_lm(section.path)
+        if section.architecture == "moep" and model.config.model_type != "moep":
+            raise UserError(f"model.path: {section.path} holds a {model.config.model_type}, not a MoE-P model: train it in stage 4")
+        return model
     config = model_config(section, tokenizer)
     return MoEPForCausalLM(config) if section.architecture == "moep" else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 

@@ -508,7 +508,8 @@ class DistillTrainer(Trainer):
                             shutil.copyfile(file, target / file.name)
                 else:
                     self._check_saved(self._export(target), target)
-                (target / "README.md").write_text(hub.model_card(self.config, self.folder, result), encoding="utf-8")
+                card = hub.model_card(self.config, self.folder, result, own_code=any(target.glob("modeling_*.py")))
+                (target / "README.md").write_text(card, encoding="utf-8")
 
             self.folder.install_final(write)
             self.folder.finish(result)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from babylm import losses
-from benchmarks import loss, measure, run, step
+from benchmarks import loss, measure, moep, run, step
+from modeling_moep import Routing
 
 
 @pytest.fixture
@@ -81,6 +82,25 @@ def test_the_presets_teachers_take_two_thirds_of_the_step():
 
         teacher, student = forward(*shape.teacher), 3 * forward(*shape.student)
         assert teacher / (teacher + student) == pytest.approx(0.67, abs=0.03), preset
+
+
+def test_moep(quick):
+    result, said = quick(moep)
+    assert [(row["part"], row["way"]) for row in result["rows"]] == [
+        (part, way) for part in ("body", "whole") for way in ("plain loop", "... one-call GELU", "loop", "grouped", "dense", "GPT-2")]
+    rows = {row["way"]: row for row in result["rows"] if row["part"] == "body"}
+    assert [rows[way]["host_reads"] for way in ("plain loop", "loop", "grouped", "dense")] == [8, 4, 0, 0]
+    assert all(2 * rows[way]["operations"] <= rows["plain loop"]["operations"] for way in ("loop", "grouped", "dense"))
+    assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in result["rows"])
+    assert "fastest expert path here" in said
+
+
+@pytest.mark.parametrize("path", ["loop", "grouped", "dense"])
+def test_moep_stops_where_the_ways_differ(quick, monkeypatch, path):
+    right = Routing.combine
+    monkeypatch.setattr(Routing, "combine", lambda self, rows: right(self, rows) * (1.01 if self.path == path else 1.0))
+    with pytest.raises(SystemExit, match=f"not equal: {path} differs"):
+        quick(moep)
 
 
 def test_run(quick):

@@ -11,6 +11,7 @@ from babylm import config as config_module
 from babylm.config import (
     BaselineConfig,
     CorpusConfig,
+    MoEPStudentConfig,
     RunConfig,
     Schedule,
     Section,
@@ -22,10 +23,11 @@ from babylm.config import (
     identity,
     load,
     read_yaml,
+    student_schema,
 )
 
 ROOT = Path(config_module.__file__).parents[1]
-SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig)
+SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig, MoEPStudentConfig)
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -419,6 +421,7 @@ def test_a_flag_keeps_the_rest_of_its_section(command):
 
 NOT_IDENTITY = {  # where things lie, how often something is said or saved, how the work is spread; spelled out on purpose
     "name", "output", "fresh", "resume_path", "data.corpus", "data.tokenizer", "data.eval_path", "training.per_device_batch_size",
+    "model.expert_path",
     "training.compile", "training.gradient_checkpointing", "training.device", "training.threads", "checkpoints.save_steps",
     "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
     "logging.trackers", "lora.merge_adapter", "distillation.teacher", "distillation.teachers.path",
@@ -505,7 +508,7 @@ def schema_of(values, path):
     if "corpus" in values:
         return CorpusConfig
     if "distillation" in values:
-        return StudentConfig
+        return student_schema(values)
     return TeacherConfig if "lora" in values or "teacher" in path.stem else BaselineConfig
 
 
@@ -541,4 +544,4 @@ def test_a_config_survives_being_written_and_read(command, tmp_path):
 
 def test_every_training_stage_has_the_keys_of_a_run():
     shared = set(RunConfig.model_fields)
-    assert all(shared <= set(schema.model_fields) for schema in (TeacherConfig, BaselineConfig, StudentConfig))
+    assert all(shared <= set(schema.model_fields) for schema in SCHEMAS[1:])

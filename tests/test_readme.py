@@ -60,7 +60,8 @@ def small(command: str) -> list[str]:
     text = " ".join(words)
     if re.search(r"train_\w+\.py|teacher_cache", text):
         words += [*TINY, f"name={'-'.join(re.findall(r'[a-z]+', text))}"]
-        words += ["distillation.teacher=models/demo-s9/teacher"] if "train_student" in text or "teacher_cache" in text else []
+        words += ["distillation.teacher=models/demo-s9/teacher"] if re.search("student|teacher_cache", text) else []
+        words += ["model.layers=3", "model.parallel_width=8", "model.parallel_heads=2"] if "train_moep" in text else []
     if "combine_babylm.py --input" in text:
         words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
     stand_ins = {"models/A": "teacher", "models/B": "student", "models/5-gram": "5-gram", "models/GPT2-Small-BabyLM-CE": "baseline",
@@ -70,7 +71,7 @@ def small(command: str) -> list[str]:
         words = ["data/demo-s9/corpus" if word == "corpus_split" else word for word in words]
     if "cpu_study.sh" in text:
         words += ["teacher", "--seed", "1", *TWO_STEPS, "model.layers=1", "data.eval_blocks=4"]
-    if re.search(r"benchmarks\.(loss|step|run)", text):
+    if re.search(r"benchmarks\.(loss|step|moep|run)", text):
         words += ["--quick"]
     if "benchmarks.corpus" in text:
         words += ["--quick", "--tokenizer", "data/demo-s9/corpus/tokenizer"]
@@ -81,9 +82,10 @@ def small(command: str) -> list[str]:
 
 def test_the_demo_ends_with_its_table_and_figures(project):
     folder, said = project
-    rows = re.findall(r"^(5-gram|teacher|baseline|student) .*", said, re.MULTILINE)
-    assert rows == ["5-gram", "teacher", "baseline", "student"]
-    assert {"overview.png", "pairs.png", "domains.png", "ce.svg"} <= {path.name for path in (folder / "figures/demo-s9").iterdir()}
+    rows = re.findall(r"^(5-gram|teacher|baseline|student|moep) .*", said, re.MULTILINE)
+    assert rows == ["5-gram", "teacher", "baseline", "student", "moep"]
+    drawn = {path.name for path in (folder / "figures/demo-s9").iterdir()}
+    assert {"overview.png", "pairs.png", "domains.png", "ce.svg", "experts-moep.png"} <= drawn
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command != "bash demo.sh"])

@@ -9,9 +9,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from babylm import models
-from babylm.config import CorpusConfig, ModelSection, StudentConfig, TeacherConfig, apply_override, check, read_yaml
+from babylm.config import (
+    BaselineConfig,
+    CorpusConfig,
+    ModelSection,
+    MoEPModelSection,
+    StudentConfig,
+    TeacherConfig,
+    apply_override,
+    check,
+    read_yaml,
+    student_schema,
+)
 from babylm.config import __file__ as config_file
 from babylm.losses import effective_lambda
+from modeling_moep import MoEPForCausalLM
 
 SIZES = ("10M", "100M")
 FOLDERS = {size: Path(config_file).parents[1] / "configs" / size for size in SIZES}
@@ -245,3 +257,107 @@ def test_the_vocabulary_of_the_recipes_is_trained_as_published(size):
     assert (corpus.tokenizer.path, corpus.tokenizer.vocab_size, corpus.tokenizer.min_frequency) == (None, 16_000, 2)
     assert {load(stem, size).data.corpus for stem in STEMS} == {corpus.corpus.output}
     assert set(recipes("10M")) == set(recipes(size))
+
+
+# ---- MoE-P ----------------------------------------------------------------------------------------------------------------
+
+MOEP = [(size, path.stem) for size in SIZES for path in sorted(FOLDERS[size].glob("moep*.yaml"))]
+SHAPES = {"moep-paper": (16_384, 28_434_432), "moep-paper-control": (16_384, 27_782_400), "moep": (50_257, 41_441_664),
+          "moep-control": (50_257, 40_789_632), "moep-127M": (50_257, 126_530_304), "moep-127M-published": (50_257, 126_530_304)}
+CPU = FOLDERS["10M"].parent / "cpu"
+
+
+def moep_load(path):
+    values = read_yaml(path)
+    return check(student_schema(values) if "distillation" in values else BaselineConfig, values, str(path))
+
+
+def moep_parameters(path, entries):
+    section = moep_load(path).model
+    if not isinstance(section, MoEPModelSection):
+        return parameters(section.model_dump_json(), entries)
+    with torch.device("meta"):
+        return models.count_parameters(MoEPForCausalLM(models.model_config(section, Vocabulary(entries))))
+
+
+@pytest.mark.parametrize(("size", "stem"), MOEP)
+def test_a_moep_recipe_states_its_number_of_parameters(size, stem):
+    path, (entries, expected) = FOLDERS[size] / f"{stem}.yaml", SHAPES[stem]
+    assert f"{expected:,} parameters" in re.search(r"^  layers: .*$", path.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert moep_parameters(path, entries) == expected
+    assert moep_load(path).data.corpus.startswith("corpus_bpe16384" if entries == 16_384 else "corpus_split")
+
+
+def test_the_moep_recipes_are_shipped_for_both_corpora_and_start_from_the_defaults_of_the_paper():
+    assert sorted(MOEP) == sorted((size, stem) for size in SIZES for stem in SHAPES)
+    assert moep_load(FOLDERS["10M"] / "moep-paper.yaml").model == moep_load(FOLDERS["10M"] / "moep.yaml").model == MoEPModelSection()
+
+
+@pytest.mark.parametrize("stem", [*SHAPES, "corpus-bpe16384"])
+def test_moep_recipes_for_both_corpora_differ_in_names_paths_and_validation_steps_alone(stem):
+    small, large = (FOLDERS[size] / f"{stem}.yaml" for size in SIZES)
+    changed = {"corpus.input", "corpus.output"} if "corpus" in stem else {"name", "data.corpus", "logging.eval_steps"}
+    first, second = flat(read_yaml(small)), flat(read_yaml(large))
+    assert differences(small, large) == changed | ({"distillation.teacher"} & first.keys())
+    for path in differences(small, large) - {"logging.eval_steps"}:
+        sign = "-" if path in ("name", "distillation.teacher") else "_"
+        assert second[path] == first[path].removesuffix("_10M") + sign + "100M"
+
+
+@pytest.mark.parametrize("folder", [FOLDERS["10M"], FOLDERS["100M"], CPU], ids=lambda folder: folder.name)
+def test_a_dense_control_differs_from_its_moep_recipe_in_the_model_and_in_balance_alone(folder):
+    pairs = {"moep": "dense", "moep-none": "dense-none"} if folder is CPU else {"moep": "moep-control", "moep-paper": "moep-paper-control"}
+    for stem, control in pairs.items():
+        paths = folder / f"{stem}.yaml", folder / f"{control}.yaml"
+        ours, theirs = map(moep_load, paths)
+        changed = {path for path in differences(*paths) if not path.startswith("model.")}
+        if isinstance(theirs, BaselineConfig):  # of stage 3: no section distillation, so its loss is the cross-entropy alone
+            assert ours.distillation.weights[0].largest == 1 and ours.distillation.weights[1].largest == 0 and not ours.distillation.entries
+            changed = {path for path in changed if path not in ("distillation.w_ce", "distillation.w_kl")}
+        assert changed == {"name", "distillation.balance.weight"}
+        assert (ours.model.layers, ours.model.width, ours.model.heads, ours.model.max_positions, ours.model.dropout) == (
+            theirs.model.layers, theirs.model.width, theirs.model.heads, theirs.model.max_positions, theirs.model.dropout)
+
+
+def test_the_cpu_study_compares_moep_and_dense_students_of_equal_size():
+    entries = read_yaml(CPU / "corpus.yaml")["tokenizer"]["vocab_size"]
+    counted = {stem: moep_parameters(CPU / f"{stem}.yaml", entries) for stem in ("moep", "moep-none", "dense", "dense-none")}
+    assert entries == 8192
+    assert counted == {"moep": 2_578_944, "moep-none": 2_578_944, "dense": 2_574_232, "dense-none": 2_574_232}
+    assert counted["dense"] == pytest.approx(counted["moep"], rel=0.005)
+    for stem, count in counted.items():
+        assert f"{count:,} parameters" in (CPU / f"{stem}.yaml").read_text(encoding="utf-8")
+    assert differences(CPU / "moep.yaml", CPU / "student.yaml") - {"name", "distillation.balance.weight"} == {
+        path for path in differences(CPU / "moep.yaml", CPU / "student.yaml") if path.startswith("model.")}, "taught as student.yaml is"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_published_moep_recipe_sums_its_kl_and_balances_nothing(size):
+    twin, published = (FOLDERS[size] / f"moep-127M{suffix}.yaml" for suffix in ("", "-published"))
+    assert differences(twin, published) == {"name", "distillation.kl_reduction", "distillation.balance.weight"}
+    for path, reduction, weight, balance in ((twin, "token_mean", 1, 0.01), (published, "batchmean", 511, 0)):
+        config = moep_load(path)
+        w_ce, w_kl = config.distillation.weights
+        assert effective_lambda(w_ce.start, w_kl.start, config.distillation.kl_reduction, config.data.seq_len) == pytest.approx(weight)
+        assert (config.distillation.kl_reduction, config.distillation.balance.weight.largest) == (reduction, balance)
+        assert f"effective lambda {weight}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_teachers_and_vocabularies_of_moep_recipes_are_made_by_shipped_commands(size):
+    folder = FOLDERS[size]
+    shipped = {path: read_yaml(path) for path in folder.glob("*.yaml")}
+    corpora = {config.corpus.output: config for path, values in shipped.items() if path.stem.startswith("corpus")
+               for config in [check(CorpusConfig, values, path.name)]}
+    teachers = {values["name"]: (path, check(TeacherConfig, values, path.name)) for path, values in shipped.items()
+                if "lora" in values or "teacher" in path.stem and "distillation" not in values}
+    for stem in SHAPES:
+        config = moep_load(folder / f"{stem}.yaml")
+        tokenizer = corpora[config.data.corpus].tokenizer
+        assert tokenizer.path == "gpt2" if SHAPES[stem][0] == 50_257 else (tokenizer.path, tokenizer.vocab_size) == (None, 16_384)
+        for entry in config.distillation.entries if hasattr(config, "distillation") else ():
+            output, name = entry.path.split("/")
+            path, teacher = teachers[name]
+            assert teacher.output == output and teacher.data.corpus == config.data.corpus
+            assert f"python train_teacher.py --config configs/{size}/{path.name}\n" in header(path)
+    assert corpora[f"corpus_bpe16384{'' if size == '10M' else '_100M'}"].corpus.input == f"train_{size}"

@@ -237,3 +237,58 @@ def test_short_numbers(value, text):
 def test_running_mean_skips_gaps():
     run = figures.Run(Path("a"), "a", [{"step": i, "ce": v} for i, v in enumerate([1.0, 3.0, None, 5.0])])
     np.testing.assert_allclose(figures.points(run, "ce", "steps", window=2)["train"][1], [1, 2, np.nan, 5])
+
+
+# ---- Which experts a router chose ---------------------------------------------------------------------------------------
+
+
+def routed(shares=((0.5, 0.3, 0.2), (0.1, 0.2, 0.7)), **changes):
+    """A validation row of a mixture-of-experts run with two routers, three experts and two domains."""
+    table = {name: {str(number): share for number, share in enumerate(row)} for name, row in zip(("shrink", "layer1"), shares, strict=True)}
+    return {"kind": "eval", "step": 200, "words": 200_000, "seconds": 100, "ce": 3.0, "perplexity": math.exp(3), "load": table,
+            "load_by_domain": {"childes": table, "simple_wiki": {**table, "shrink": {"0": 0.9, "1": 0.1, "2": 0.0}}}, **changes}
+
+
+def drawn(figure):
+    """{title: shares} of the panels of an experts figure."""
+    return {ax.get_title().replace("\n", "_"): np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.get_title()}
+
+
+def test_the_experts_of_the_last_validation_are_drawn_overall_and_by_domain(make, out, capsys):
+    old = routed(shares=((0.0, 0.0, 1.0), (1.0, 0.0, 0.0)), step=150)
+    moep, dense = make("moep", [*rows(), old, routed()]), make("dense", rows())
+    assert visual.main([dense, moep, "--metrics", "ce", "--output", str(out)]) == 0
+    assert {path.name for path in out.iterdir() if path.name.startswith("experts")} == {"experts-moep.png", "experts-moep.svg"}
+    assert has_ink(out / "experts-moep.png") and "experts-moep.svg" in capsys.readouterr().out
+    assert {"shrink", "layer 1", "all text", "childes", "1", "2", "3"} <= set(svg_words(out / "experts-moep.svg"))
+    panels = drawn(figures.experts_plot(figures.load_metrics(moep)))
+    assert list(panels) == ["all text", "childes", "simple_wiki"]
+    np.testing.assert_allclose(panels["all text"], [[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    np.testing.assert_allclose(panels["simple_wiki"], [[0.9, 0.1, 0.0], [0.1, 0.2, 0.7]])
+
+
+@pytest.mark.parametrize("lines", [list(rows()), [], [routed(load=None)], [routed(load=0.3)]], ids=["dense", "none", "null", "number"])
+def test_a_run_without_shares_has_no_figure_of_experts(make, lines):
+    assert figures.experts_plot(figures.load_metrics(make("a", lines))) is None
+
+
+@pytest.mark.parametrize(("shares", "gaps"), [(((None, 0.8, 0.2), (0.1, 0.2, 0.7)), 1), (((0.1, math.nan, 0.2), (None, 0.2, 0.7)), 2),
+                                              (((None, None, None), (None, None, None)), 6)])
+def test_shares_that_are_not_finite_leave_gaps_in_the_figure_of_experts(make, out, shares, gaps):
+    figure = figures.experts_plot(figures.load_metrics(make("diverged", [routed(shares=shares)])))
+    figures.save(figure, out / "experts")
+    assert np.isnan(np.ma.filled(drawn(figure)["all text"], np.nan)).sum() == gaps and has_ink(out / "experts.png")
+
+
+@pytest.mark.parametrize("shares", [((1.0, 0.0, 0.0), (1.0, 0.0, 0.0)), ((1 / 3,) * 3, (1 / 3,) * 3)], ids=["one", "even"])
+def test_extreme_and_even_shares_can_be_drawn(make, shares):
+    figures.experts_plot(figures.load_metrics(make("a", [routed(shares=shares, load_by_domain={})]))).canvas.draw()
+
+
+def test_a_single_expert_or_router_can_be_drawn(make):
+    figures.experts_plot(figures.load_metrics(make("a", [routed(load={"shrink": {"0": 1.0}}, load_by_domain={})]))).canvas.draw()
+
+
+def test_the_experts_of_runs_with_one_folder_name_are_told_apart(make, out):
+    assert visual.main([make("x/moep", [routed()]), make("y/moep", [routed()]), "--metrics", "ce", "--output", str(out)]) == 0
+    assert {path.name for path in out.glob("experts*.png")} == {"experts-x-moep.png", "experts-y-moep.png"}
