@@ -15,11 +15,9 @@ and one call attends in all their heads; everything after attention (output proj
 the blocks that a token has picked. `config.expert_path` says how (see `Routing`).
 """
 
-import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -501,7 +499,7 @@ class ParallelLayer(nn.Module):
 
 
 class MoEPPreTrainedModel(PreTrainedModel):
-    """Initialisation, and saving with this file inside."""
+    """What transformers must know of both models, and the initialisation."""
 
     config_class = MoEPConfig
     base_model_prefix = "model"
@@ -529,15 +527,11 @@ class MoEPPreTrainedModel(PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        super().save_pretrained(save_directory, *args, **kwargs)
-        target = Path(save_directory) / "modeling_moep.py"
-        if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            shutil.copyfile(__file__, target)
-
 
 class MoEPModel(MoEPPreTrainedModel):
     """Token ids -> hidden states."""
+
+    _auto_class = "AutoModel"  # makes save_pretrained and push_to_hub put this file beside the weights
 
     def __init__(self, config: MoEPConfig):
         super().__init__(config)
@@ -631,6 +625,9 @@ class MoEPModel(MoEPPreTrainedModel):
             raise ValueError(f"MoE-P: attention_mask must be [batch, {past + length}] ({past} cached and {length} new tokens), not "
                              f"{list(attention_mask.shape)}")
         if position_ids is not None:
+            # On a GPU looking would cost a wait; the embedding refuses them there, less clearly.
+            if position_ids.device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.max() >= limit:
+                raise ValueError(f"MoE-P: position_ids reach {int(position_ids.max())}, but the model has positions 0 ... {limit - 1}")
             return position_ids
         if attention_mask is not None:
             return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -640,6 +637,7 @@ class MoEPModel(MoEPPreTrainedModel):
 class MoEPForCausalLM(MoEPPreTrainedModel, GenerationMixin):
     """MoE-P with a language-model head."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.wte.weight"}  # transformers 4.51 reads the keys, 5 both
 
     def __init__(self, config: MoEPConfig):

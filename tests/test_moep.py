@@ -595,6 +595,8 @@ def test_more_tokens_than_positions_is_an_error_that_names_the_limit():
     past = model(input_ids=torch.ones(1, 20, dtype=torch.long)).past_key_values
     with pytest.raises(ValueError, match=r"25 tokens \(20 of them cached\) exceed the model's 24 positions"):
         model(input_ids=torch.ones(1, 5, dtype=torch.long), past_key_values=past)
+    with pytest.raises(ValueError, match=r"position_ids reach 24, but the model has positions 0 \.\.\. 23"):
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[23, 24]]))
 
 
 @pytest.mark.parametrize("keys, words", [
