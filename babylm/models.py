@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 PAD, START, END = "<pad>", "<s>", "</s>"  # special tokens of tokenizers trained here: ids 0, 1, 2
 
 
+transformers.AutoConfig.register("moep", MoEPConfig)  # so that a MoE-P folder's tokenizer loads without its code, and no warning
+AutoModelForCausalLM.register(MoEPConfig, MoEPForCausalLM)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, on import, of an optional kernel package
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()  # a log file is no place for moving bars
