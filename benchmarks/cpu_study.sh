@@ -106,4 +106,5 @@ finished=(models/cpu/*/run/finished.json)
 "$python" -m babylm.scoring "${finished[@]%/run/finished.json}" --corpus corpus_cpu --eval corpus_cpu_dev
 "$python" visual.py "${finished[@]%/run/finished.json}" --table --output figures/cpu
 "$python" -m benchmarks.study_table models/cpu --control baseline
-"$python" -m benchmarks.study_table models/cpu --control dense-none --only moep dense
+[ -z "$(compgen -G "models/cpu/dense-none-*/run/finished.json")" ] ||
+  "$python" -m benchmarks.study_table models/cpu --control dense-none --only moep dense

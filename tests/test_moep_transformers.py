@@ -16,6 +16,7 @@ from test_moep import IDS, PATHS, TINY, WINDOWS, assert_same, built, gradients, 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache, Trainer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_moep import ExpertLinear, ExpertNorm, MoEPConfig, MoEPForCausalLM, MoEPModel, Router
 
@@ -147,7 +148,7 @@ def test_a_checkpoint_has_everything_and_survives_saving_and_loading_twice(tmp_p
                                       "AutoModelForCausalLM": "modeling_moep.MoEPForCausalLM"}
         assert (folder / "modeling_moep.py").read_bytes() == Path(sys.modules["modeling_moep"].__file__).read_bytes()
         if generation == 1:
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+            model = get_class_from_dynamic_module("modeling_moep.MoEPForCausalLM", folder).from_pretrained(folder)
             assert type(model) is not MoEPForCausalLM
         else:
             model = MoEPForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
