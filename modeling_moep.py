@@ -303,13 +303,17 @@ class Router(nn.Module):
         """[N, width] -> (Routing, logits [N, E] fp32)."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.float(), self.weight.float())
-        return Routing(logits, self.k, self.path(tokens.device.type)), logits
+        return Routing(logits, self.k, self.path(tokens)), logits
 
-    def path(self, device: str) -> str:
+    def path(self, tokens: torch.Tensor) -> str:
         """The way of computing that `auto` stands for. CPU: measured; elsewhere the one without a wait for the host."""
         if self.config.expert_path != "auto":
             return self.config.expert_path
-        return "loop" if device == "cpu" and not torch.compiler.is_compiling() else "dense"
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return "dense"
+        # In bf16 a CPU makes a kernel for every new number of rows, which costs more than small products save.
+        in_bf16 = torch.is_autocast_enabled("cpu") or self.weight.dtype == torch.bfloat16
+        return "dense" if in_bf16 and self.config.parallel_hidden_size < 128 else "loop"
 
 
 def load_balancing_loss(router_logits: Sequence[torch.Tensor], k: int, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

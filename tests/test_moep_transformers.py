@@ -411,9 +411,15 @@ def test_without_graph_breaks_the_compiled_dense_path_equals_eager_and_auto_is_d
         assert_same(gradient, wanted[name], message=name)
 
 
-def test_auto_is_loop_on_a_cpu_and_dense_elsewhere():
-    router = built().model.shrink.router
-    assert (router.path("cpu"), router.path("cuda"), built("grouped").model.shrink.router.path("cpu")) == ("loop", "dense", "grouped")
+@pytest.mark.parametrize("width, in_fp32, in_bf16", [(16, "loop", "dense"), (128, "loop", "loop")])
+def test_auto_is_loop_on_a_cpu_but_dense_for_small_products_in_bf16_and_dense_elsewhere(width, in_fp32, in_bf16):
+    tokens = torch.zeros(2, 32)
+    router = built(parallel_hidden_size=width).model.shrink.router
+    assert (router.path(tokens), router.path(tokens.to("meta"))) == (in_fp32, "dense")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router.path(tokens) == in_bf16
+    assert router.to(torch.bfloat16).path(tokens) == in_bf16
+    assert built("grouped").model.shrink.router.path(tokens) == "grouped"
 
 
 def test_a_seed_makes_the_weights():
