@@ -10,9 +10,9 @@ change the width. The defaults are the published configuration: 28.43M parameter
 This file imports torch and transformers only, and is copied into every checkpoint, so that `AutoModelForCausalLM` and
 `AutoModel` load one anywhere with `trust_remote_code=True`. It runs on transformers 4.51 and 5.
 
-How it is fast: attention needs the keys of every token in every block, so one matrix product makes Q, K and V of all blocks
-and one call attends in all their heads; everything after attention (output projection, feed-forward) is computed only for
-the blocks that a token has picked. `config.expert_path` says how (see `Routing`).
+How it is fast: attention needs the keys of every token in every block, so one matrix product makes K and V of all blocks and
+one call attends in all their heads; the rest (queries, output projection, feed-forward) is computed only for the blocks that
+a token has picked. `config.expert_path` says how (see `Routing`).
 """
 
 from collections.abc import Sequence
@@ -178,12 +178,16 @@ class Routing:
         self.experts, self.order = experts.flatten().sort(stable=True)  # of each row; which of the N*k choices it is
         self.inverse = self.order.argsort()
         self.tokens = self.order // k
+        self.slots = self.tokens * self.num_experts + self.experts  # each row's place in [places, E], where `place` puts it
+        self.places = len(logits)
         # Where each expert's rows end; torch.bincount would make the host wait on a GPU.
-        ends = torch.searchsorted(self.experts, torch.arange(self.num_experts, device=logits.device), right=True, out_int32=True)
+        numbers = torch.arange(self.num_experts, device=logits.device)
+        ends = torch.searchsorted(self.experts, numbers, right=True, out_int32=True)
         if path == "loop":  # the one thing that the host must know
             self.counts = [end - start for start, end in pairwise([0, *ends.tolist()])]
         else:
             self.ends = ends
+            self.one_hot = self.experts.unsqueeze(1) == numbers  # [rows, E]
 
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, D] -> rows: every token once per expert that computes it."""
@@ -195,18 +199,43 @@ class Routing:
         """[N, E, D], one value per token and expert -> rows."""
         if self.path == "dense":
             return values.transpose(0, 1)
-        return _Select.apply(values.flatten(0, 1), self.tokens * self.num_experts + self.experts)
+        return _Select.apply(values.flatten(0, 1), self.slots)
+
+    def place(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows -> [N, E, D], 0 for pairs without a row: what `select` undoes. After `move_up` [B * seats, E, D]."""
+        if self.path == "dense":
+            return rows.transpose(0, 1)
+        return _Place.apply(rows, self.slots, self.places * self.num_experts).view(-1, self.num_experts, rows.shape[-1])
+
+    def move_up(self, batch: int) -> torch.Tensor | None:
+        """Close the gaps that a sequence's tokens have left in an expert's column of `place`: [B * seats, E, D], with as many
+        seats per sequence as the fullest column needs. Attention of fewer queries than tokens costs less.
+
+        Returns:
+            [B, seats, E]: the position in its sequence of the token on each seat, the last one on empty seats. None if
+            less than a fifth of the places would go: then all is as it was.
+        """
+        length = self.places // batch
+        column = self.experts * batch + self.tokens // length  # rows are sorted by it
+        starts = torch.searchsorted(column, torch.arange(self.num_experts * batch + 1, device=column.device))
+        seats = int(starts.diff().max())
+        if seats > 0.8 * length:
+            return None
+        rank = torch.arange(len(column), device=column.device) - starts[column]
+        self.slots = (self.tokens // length * seats + rank) * self.num_experts + self.experts
+        self.places = batch * seats
+        positions = self.tokens.new_full((self.places * self.num_experts,), length - 1)
+        return positions.index_copy_(0, self.slots, self.tokens % length).view(batch, seats, self.num_experts)
 
     def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """rows [..., in], weight [E, out, in], bias [E, out] -> rows [..., out], each by its own expert."""
-        device = rows.device.type
-        if torch.is_autocast_enabled(device):  # custom functions and grouped products do not know it
-            dtype = torch.get_autocast_dtype(device)
-            rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
+        rows, weight, bias = as_autocast_would(rows, weight, bias)
         if self.path == "dense":
             return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
         if self.path == "grouped":
-            return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.ends) + bias[self.experts]
+            # The biases as a product: the derivative of indexing would add row after row.
+            self.one_hot = self.one_hot.to(rows.dtype)
+            return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.ends).addmm_(self.one_hot, bias)
         return _LoopLinear.apply(rows, weight, bias, self.counts)
 
     def combine(self, rows: torch.Tensor) -> torch.Tensor:
@@ -214,6 +243,14 @@ class Routing:
         if self.path == "dense":
             return (self.gates.T.unsqueeze(-1) * rows).sum(0)
         return (self.weights.unsqueeze(-1) * _Permute.apply(rows, self.inverse, self.order).view(-1, self.k, rows.shape[-1])).sum(1)
+
+
+def as_autocast_would(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The factors of a product in autocast's type, where it is on: custom functions and grouped products do not know it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 # Autograd's own derivative of indexing adds row after row into zeros: slow, and in no fixed order on a GPU. The indices here
@@ -253,12 +290,25 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, index):
         ctx.save_for_backward(index)
-        ctx.rows = len(values)
+        ctx.total = len(values)
         return values.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
+        return grad.new_zeros(ctx.total, grad.shape[1]).index_add_(0, ctx.saved_tensors[0], grad), None
+
+
+class _Place(torch.autograd.Function):
+    """`total` rows of zeros, with rows[i] at index[i], where no index stands twice: forward and backward of _Select, swapped."""
+
+    @staticmethod
+    def forward(ctx, rows, index, total):
+        ctx.save_for_backward(index)
+        return rows.new_zeros(total, rows.shape[1]).index_add_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class _LoopLinear(torch.autograd.Function):
@@ -313,7 +363,11 @@ class Router(nn.Module):
             return "dense"
         # In bf16 a CPU makes a kernel for every new number of rows, which costs more than small products save.
         in_bf16 = torch.is_autocast_enabled("cpu") or self.weight.dtype == torch.bfloat16
-        return "dense" if in_bf16 and self.config.parallel_hidden_size < 128 else "loop"
+        if in_bf16 and self.config.parallel_hidden_size < 128:
+            return "dense"
+        widths = self.config.hidden_size, self.config.parallel_hidden_size, self.config.parallel_intermediate_size
+        can_group = hasattr(F, "grouped_mm") and tokens.dtype != torch.float64 and not any(width % 8 for width in widths)
+        return "grouped" if can_group else "loop"
 
 
 def load_balancing_loss(router_logits: Sequence[torch.Tensor], k: int, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -360,8 +414,9 @@ class ExpertNorm(nn.Module):
     def fold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The linear maps weight [..., E, out, width], bias [..., E, out] that do to standardised input what scale, shift and
         the given maps do one after the other: cheaper than making E scaled copies of every token."""
-        shifted = (weight * self.bias.unsqueeze(-2)).sum(-1)
-        return weight * self.weight.unsqueeze(-2), bias + shifted
+        # Expanded first, so that the backward pass sums one dimension after the other: a CPU is slow at two at once.
+        scale, shift = (mine.expand(*weight.shape[:-2], -1).unsqueeze(-2) for mine in (self.weight, self.bias))
+        return weight * scale, bias + (weight * shift).sum(-1)
 
 
 class MixtureLinear(nn.Module):
@@ -396,38 +451,60 @@ class Attention:
         self.full = self.sliding = None
         query = torch.arange(past, past + length, device=device)[:, None]
         keys = torch.arange(past + length, device=device)[None]
-        if attention_mask is not None:  # a padded position sees itself: a row without any key would be NaN
-            self.full = (keys <= query) & (attention_mask[:, None, None, :].bool() | (keys == query))
+        self.triangle = keys <= query
+        if attention_mask is not None and attention_mask.dim() == 4:
+            self.full = attention_mask
+        elif attention_mask is not None:  # a padded position sees itself: a row without any key would be NaN
+            self.full = self.triangle & (attention_mask[:, None, None, :].bool() | (keys == query))
         elif past and length > 1:
-            self.full = keys <= query
+            self.full = self.triangle
         if any(self.windows):
-            near = (keys <= query) & (query - keys < config.sliding_window)
+            near = self.triangle & (query - keys < config.sliding_window)
             self.sliding = near if self.full is None else near & self.full
 
-    def __call__(self, qkv: torch.Tensor, heads: int, layer: int) -> torch.Tensor:
-        """[B, T, 3 * width] -> [B, T, width] of layer number `layer`."""
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, layer: int,
+                 positions: torch.Tensor | None = None) -> torch.Tensor:
+        """q [B, T, width], k and v alike -> [B, T, width] of layer number `layer`; with `positions` [B, S, E] q and the result are
+        [B, S, width]: the queries of each of E groups of heads are of S tokens of their own."""
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
         if self.cache is not None:
             k, v = self.cache.update(k, v, layer)
         mask = self.sliding if self.windows[layer] else self.full
         if mask is not None:
             mask = mask[..., -k.shape[2]:]  # a cache may have let go of keys outside the window
         causal = self.causal and mask is None
+        if positions is not None:
+            mask, causal = self.rows(self.triangle if mask is None else mask, positions, heads, q.dtype), False
         # In bf16 on a CPU the backward pass of torch's fused attention takes three times as long as the products written out.
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        attend = eager_attention if self.eager or slow else F.scaled_dot_product_attention
-        return attend(q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=causal).transpose(1, 2).flatten(2)
+        if self.eager or slow:
+            attended = eager_attention(q, k, v, self.triangle if causal else mask, self.dropout)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=causal)
+        return attended.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def rows(mask: torch.Tensor, positions: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """What the tokens at `positions` [B, S, E] see: the mask's rows, [B, heads, S, keys], 0 where they do and -inf elsewhere."""
+        batch, seats, groups = positions.shape
+        table = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        if mask.dim() == 4:  # one for each sequence
+            first = torch.arange(batch, device=mask.device) * mask.shape[-2]
+            positions = positions + first[:, None, None] * (mask.shape[0] > 1)
+        index = positions.transpose(1, 2).unsqueeze(2).expand(-1, -1, heads // groups, -1)
+        return table.flatten(0, -2).index_select(0, index.flatten()).view(batch, heads, seats, -1)
 
 
 def eager_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float,
-                    is_causal: bool) -> torch.Tensor:
-    """What F.scaled_dot_product_attention computes, operation by operation; attn_mask is True where a key is seen."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if is_causal:
-        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout_p) @ v
+                    ) -> torch.Tensor:
+    """What F.scaled_dot_product_attention computes, operation by operation; attn_mask is True where a key is seen, or added."""
+    with torch.autocast(q.device.type, enabled=False):  # in bf16 too softmax adds in fp32: wider inputs would gain nothing
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            scores = scores + attn_mask
+        elif attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        return F.dropout(scores.softmax(-1), dropout_p) @ v
 
 
 def activation(inner: torch.Tensor, kind: str) -> torch.Tensor:
@@ -455,7 +532,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
-        hidden = hidden + self.dropout(self.out_proj(attention(self.qkv(self.attn_norm(hidden)), self.heads, self.layer)))
+        q, k, v = self.qkv(self.attn_norm(hidden)).chunk(3, dim=-1)
+        hidden = hidden + self.dropout(self.out_proj(attention(q, k, v, self.heads, self.layer)))
         return hidden + self.dropout(self.down_proj(activation(self.up_proj(self.mlp_norm(hidden)), self.act)))
 
 
@@ -483,10 +561,7 @@ class ParallelLayer(nn.Module):
         tokens, normed = hidden.flatten(0, 1), F.layer_norm(hidden, (width,), eps=self.epsilon)
         routing, logits = self.router(normed.flatten(0, 1))
 
-        # Attention in all blocks, for all tokens: as keys they serve those that picked other blocks.
-        weight, bias = self.attn_norm.fold(self.qkv.weight.view(3, experts, width, width), self.qkv.bias.view(3, experts, width))
-        qkv = F.linear(normed, weight.flatten(0, 2), bias.flatten())
-        attended = attention(qkv, self.heads, self.layer).view(-1, experts, width)
+        attended = self.attend(normed, routing, attention).view(-1, experts, width)
 
         # From here on, only what was picked.
         branch = self.dropout(routing.linear(routing.select(attended), self.out_proj.weight, self.out_proj.bias))
@@ -497,6 +572,25 @@ class ParallelLayer(nn.Module):
         # A mixture of (token + branch) with weights that add up to 1 is the token and the mixture of the branches.
         mixed = hidden + routing.combine(branch).to(hidden.dtype).view(batch, length, width)
         return mixed, logits.view(batch, length, experts)
+
+    def attend(self, normed: torch.Tensor, routing: Routing, attention: Attention) -> torch.Tensor:
+        """Attention on standardised [B, T, width], [B, T or fewer, E * width]: where `routing.place` puts queries, 0 elsewhere.
+
+        K and V are of every token in every block, as they serve tokens that have picked other blocks than it has; Q is only of
+        tokens that have picked the block.
+        """
+        (batch, length, width), experts = normed.shape, self.router.weight.shape[0]
+        weight, bias = self.attn_norm.fold(self.qkv.weight.view(3, experts, width, width), self.qkv.bias.view(3, experts, width))
+        normed, weight, bias = as_autocast_would(normed, weight, bias)
+        if routing.path == "dense":
+            return attention(*F.linear(normed, weight.flatten(0, 2), bias.flatten()).chunk(3, dim=-1), self.heads, self.layer)
+        (weight_q, weight_kv), (bias_q, bias_kv) = weight.split([1, 2]), bias.split([1, 2])
+        # Worth it where torch's fused attention runs on a CPU; and short, because every block then needs a mask of its own.
+        short = length <= 128 and normed.device.type == "cpu" and normed.dtype == torch.float32
+        positions = routing.move_up(batch) if short else None
+        q = routing.place(routing.linear(routing.spread(normed.flatten(0, 1)), weight_q[0], bias_q[0]))
+        k, v = F.linear(normed, weight_kv.flatten(0, 2), bias_kv.flatten()).chunk(2, dim=-1)
+        return attention(q.view(batch, -1, experts * width), k, v, self.heads, self.layer, positions)
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -568,15 +662,16 @@ class MoEPModel(MoEPPreTrainedModel):
         Args:
             input_ids: [B, T]; or inputs_embeds: [B, T, hidden_size].
             attention_mask: [B, cached + T], 0 at padding on either side; default: no padding. Padding is known from here
-                alone, never from the ids: a real token may equal the pad token.
-            position_ids: [B, T]; default: counted from each sequence's first unpadded token.
+                alone, never from the ids: a real token may equal the pad token. Or [B, 1, T, cached + T], boolean: which
+                keys each token sees, instead of all before it (several texts, or a tree of them, in one row).
+            position_ids: [B, T]; default: counted from each sequence's first unpadded token. A mask per token needs them.
             past_key_values: keys and values of what came before.
             output_hidden_states: embeddings, output of each layer, and in the last place what the head reads; their widths
                 are config.hidden_state_sizes.
             output_router_logits: [B, T, E] of shrink, of each parallel layer, and of grow.
 
         Raises:
-            ValueError: more tokens than positions, both or neither of ids and embeddings, a mask of another length,
+            ValueError: more tokens than positions, both or neither of ids and embeddings, a mask of another shape,
                 attention weights asked for (SDPA makes none); or a static cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -622,10 +717,13 @@ class MoEPModel(MoEPPreTrainedModel):
     def _positions(self, length: int, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None,
                    device: torch.device) -> torch.Tensor:
         limit = self.config.max_position_embeddings
-        if past + length > limit:
+        by_token = attention_mask is not None and attention_mask.dim() == 4
+        if by_token and (attention_mask.dtype != torch.bool or position_ids is None or self.config.sliding_window is not None):
+            raise ValueError("MoE-P: a mask per token must be boolean, needs position_ids, and goes with no sliding_window")
+        if past + length > limit and not by_token:
             raise ValueError(f"MoE-P: {past + length} tokens{f' ({past} of them cached)' if past else ''} exceed the model's {limit} "
                              "positions (max_position_embeddings): shorten the input or generate fewer tokens")
-        if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + length):
+        if attention_mask is not None and not by_token and (attention_mask.dim() != 2 or attention_mask.shape[1] != past + length):
             raise ValueError(f"MoE-P: attention_mask must be [batch, {past + length}] ({past} cached and {length} new tokens), not "
                              f"{list(attention_mask.shape)}")
         if position_ids is not None:
@@ -651,13 +749,13 @@ class MoEPForCausalLM(MoEPPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward_flops_per_token(self, seq_len: int) -> float:
-        """Multiply-adds of a forward pass, times 2, per token: of the picked blocks only, apart from their Q, K and V; attention
+        """Multiply-adds of a forward pass, times 2, per token: of the picked blocks only, apart from K and V; attention
         at full length, the head included, the embedding lookup and the routers not (Kaplan et al. 2020, appendix)."""
         config, gates = self.config, 2 if self.config.hidden_act == "swiglu" else 1
         wide, narrow, picked = config.hidden_size, config.parallel_hidden_size, config.num_experts_per_tok
         block = 4 * wide**2 + (gates + 1) * wide * config.intermediate_size + 2 * seq_len * wide
-        parallel = (config.num_experts * (3 * narrow**2 + 2 * seq_len * narrow)
-                    + picked * (narrow**2 + (gates + 1) * narrow * config.parallel_intermediate_size))
+        parallel = (config.num_experts * (2 * narrow**2 + 2 * seq_len * narrow)
+                    + picked * (2 * narrow**2 + (gates + 1) * narrow * config.parallel_intermediate_size))
         products = 2 * block + (config.num_hidden_layers - 2) * parallel + 2 * picked * wide * narrow + wide * config.vocab_size
         return 2.0 * products
 
@@ -688,7 +786,8 @@ class MoEPForCausalLM(MoEPPreTrainedModel, GenerationMixin):
         logits = self.lm_head(body.last_hidden_state[:, kept])
         loss = auxiliary = None
         if body.router_logits is not None:
-            new = attention_mask[:, -body.last_hidden_state.shape[1]:] if attention_mask is not None else None
+            padded = attention_mask is not None and attention_mask.dim() == 2
+            new = attention_mask[:, -body.last_hidden_state.shape[1]:] if padded else None
             auxiliary = load_balancing_loss(body.router_logits, self.config.num_experts_per_tok, new).mean()
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

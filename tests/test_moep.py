@@ -448,28 +448,82 @@ def test_the_counters_see_what_they_are_to_count():
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_forward_pass_waits_once_per_router_on_the_loop_path_and_never_on_the_others(padded, window):
-    mask = torch.ones_like(IDS)
+@pytest.mark.parametrize("length", [12, 129])
+def test_the_forward_pass_waits_once_per_router_on_the_loop_path_and_never_on_the_others(padded, window, length):
+    """On a CPU, which waits for nobody, short sequences also ask each parallel layer how many queries there are."""
+    ids = IDS.repeat(1, 11)[:, :length]
+    mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    keys = {"input_ids": IDS, "attention_mask": mask} if padded else {"input_ids": IDS}
-    for path, expected in (("loop", 4), ("dense", 0), ("grouped", 0)):
-        body = built(path, sliding_window=window).model
+    keys = {"input_ids": ids, "attention_mask": mask} if padded else {"input_ids": ids}
+    asked = 2 if length == 12 else 0
+    for path, expected in (("loop", 4 + asked), ("dense", 0), ("grouped", asked)):
+        body = built(path, sliding_window=window, max_position_embeddings=160).model
         assert synchronisations(lambda body=body: body(**keys)) == expected, path
-        training = built(path, sliding_window=window).train()
-        assert synchronisations(lambda model=training: model(**keys, labels=IDS)) == expected, path
+        training = built(path, sliding_window=window, max_position_embeddings=160).train()
+        assert synchronisations(lambda model=training: model(**keys, labels=ids)) == expected, path
     plain = LoopMoEP(built(sliding_window=window))
     assert synchronisations(lambda: plain(IDS)) == 2 * 4, "one per linear expert"
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_a_step_is_at_most_half_the_operations_of_the_plain_loop(k):
-    model = built("loop", num_hidden_layers=12, num_experts_per_tok=k).train()
+@pytest.mark.parametrize("path", ["loop", "grouped"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+def test_fewer_queries_than_tokens_find_the_same(path, window, padded, monkeypatch):
+    """One of four experts per token: a block has about a quarter of the queries; with padding, windows and a cache."""
+    model = built(path, num_experts_per_tok=1, sliding_window=window, max_position_embeddings=160).train()
+    mask = None
+    if padded:
+        mask = torch.ones_like(IDS)
+        mask[0, slice(0, 3) if padded == "left" else slice(9, 12)] = 0
+    real = mask.bool() if padded else torch.ones_like(IDS).bool()
+    right, moved, found = Routing.move_up, [], []
+
+    def spy(self, batch):
+        moved.append(right(self, batch))
+        return moved[-1]
+
+    for one in (spy, lambda self, batch: None):
+        monkeypatch.setattr(Routing, "move_up", one)
+        whole = model(input_ids=IDS, attention_mask=mask, use_cache=False).logits[real]
+        begun = model(input_ids=IDS[:, :4], attention_mask=None if mask is None else mask[:, :4], use_cache=True)
+        rest = model(input_ids=IDS[:, 4:], attention_mask=mask, past_key_values=begun.past_key_values).logits[real[:, 4:]]
+        found.append([whole, rest, *gradients(model, whole.square().mean() + rest.square().mean()).values()])
+    assert sum(positions is not None for positions in moved) >= 3, "it was tried"
+    for mine, wanted in zip(*found, strict=True):
+        assert_same(mine, wanted)
+
+
+def test_moving_up_leaves_every_row_its_own_place_and_knows_its_position():
+    torch.manual_seed(0)
+    routing = Routing(torch.randn(40, 5), 2, "grouped")
+    rows = torch.randn(80, 3)
+    positions = routing.move_up(2)
+    batch, seats, experts = positions.shape
+    assert (batch, experts) == (2, 5) and seats <= 16
+    placed = routing.place(rows)
+    assert placed.shape == (2 * seats, 5, 3) and torch.equal(routing.select(placed), rows)
+    expected = routing.tokens % 20
+    assert torch.equal(positions.flatten()[routing.slots], expected)
+    assert (positions.flatten()[routing.slots.new_ones(positions.numel()).bool().index_fill(0, routing.slots, False)] == 19).all()
+    for sequence, expert in ((s, e) for s in range(2) for e in range(5)):
+        mine = expected[(routing.experts == expert) & (routing.tokens // 20 == sequence)]
+        assert torch.equal(positions[sequence, :len(mine), expert], mine), "in order, no gaps"
+    crowded = Routing(torch.tensor([[1.0, 0.0]]).repeat(6, 1), 1, "grouped")
+    slots = crowded.slots
+    assert crowded.move_up(2) is None and crowded.slots is slots, "one expert has them all"
+
+
+@pytest.mark.parametrize("k, precision", [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16)])
+def test_a_step_is_at_most_half_the_operations_of_the_plain_loop(k, precision):
+    model = built("grouped", num_hidden_layers=12, num_experts_per_tok=k).train()
     plain = LoopMoEP(model)
     counts = []
-    for work in (lambda: model.model(IDS).last_hidden_state @ model.lm_head.weight.T, lambda: plain(IDS)[0]):
+    for work in (lambda: model.model(IDS, use_cache=False).last_hidden_state @ model.lm_head.weight.T, lambda: plain(IDS)[0]):
         with Operations() as operations:
-            F.cross_entropy(work().flatten(0, 1), IDS.flatten()).backward()
-        assert operations.seen["addmm"] > 0 and operations.seen["mm"] > 0
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                loss = F.cross_entropy(work().flatten(0, 1), IDS.flatten())
+            loss.backward()
+        assert operations.seen["mm"] > 0
         counts.append(operations.seen.total())
     assert counts[0] <= counts[1] / 2, counts
 
@@ -602,7 +656,7 @@ def test_more_tokens_than_positions_is_an_error_that_names_the_limit():
 @pytest.mark.parametrize("keys, words", [
     ({"input_ids": IDS, "attention_mask": torch.ones(3, 11)},
      r"attention_mask must be \[batch, 12\] \(0 cached and 12 new tokens\), not \[3, 11\]"),
-    ({"input_ids": IDS, "attention_mask": torch.ones(3, 1, 12, 12)}, r"attention_mask must be .* not \[3, 1, 12, 12\]"),
+    ({"input_ids": IDS, "attention_mask": torch.ones(3, 12, 12)}, r"attention_mask must be .* not \[3, 12, 12\]"),
     ({}, "either input_ids or inputs_embeds"),
     ({"input_ids": IDS, "inputs_embeds": torch.zeros(3, 12, 32)}, "either input_ids or inputs_embeds"),
     ({"input_ids": IDS, "output_attentions": True}, "no attention weights"),

@@ -281,10 +281,10 @@ def test_narrow_states_of_a_moep_teacher_cannot_be_mapped(layers):
 
 
 @pytest.mark.parametrize("changes, products", [  # multiply-adds per token at T = 7, with E = 3
-    ({}, 2 * 624 + 2 * (3 * 192 + 2 * 180) + 2 * 2 * 48 + 320),  # wide block 8*24 + 2*7*8 + 8*8 + 2*8*16, head 8*40; narrow block:
-    ({"num_experts_per_tok": 1}, 2 * 624 + 2 * (3 * 192 + 180) + 2 * 48 + 320),  # 6*18 + 2*7*6 in all experts, 6*6 + 2*6*12 in those chosen
-    ({"num_experts_per_tok": 3}, 2 * 624 + 2 * (3 * 192 + 3 * 180) + 2 * 3 * 48 + 320),
-    ({"hidden_act": "swiglu"}, 2 * (624 + 128) + 2 * (3 * 192 + 2 * 252) + 2 * 2 * 48 + 320),  # one matrix more of 8*16 and of 6*12
+    ({}, 2 * 624 + 2 * (3 * 156 + 2 * 216) + 2 * 2 * 48 + 320),  # wide block 8*24 + 2*7*8 + 8*8 + 2*8*16, head 8*40; narrow block:
+    ({"num_experts_per_tok": 1}, 2 * 624 + 2 * (3 * 156 + 216) + 2 * 48 + 320),  # 6*12 + 2*7*6 in all experts, 6*12 + 2*6*12 if chosen
+    ({"num_experts_per_tok": 3}, 2 * 624 + 2 * (3 * 156 + 3 * 216) + 2 * 3 * 48 + 320),
+    ({"hidden_act": "swiglu"}, 2 * (624 + 128) + 2 * (3 * 156 + 2 * 288) + 2 * 2 * 48 + 320),  # one matrix more of 8*16 and of 6*12
 ])
 def test_the_cost_of_a_forward_pass_by_hand(changes, products):
     assert models.forward_flops_per_token(moep(**changes), LENGTH) == 2 * products

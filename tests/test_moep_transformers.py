@@ -302,12 +302,33 @@ def test_hidden_states_have_the_sizes_that_the_config_names(path):
     assert model.config.hidden_state_sizes == [32, 32, 16, 16, 32]
     assert torch.equal(body.hidden_states[-1], body.last_hidden_state)
     assert torch.equal(body.hidden_states[0], model.model.wte(IDS) + model.model.wpe.weight[:12])
-    assert_same(body.hidden_states[1], model.model.first(body.hidden_states[0], lambda qkv, heads, _: causal(qkv, heads)))
+    assert_same(body.hidden_states[1], model.model.first(body.hidden_states[0], causal))
     assert model(input_ids=IDS).hidden_states is None
 
 
-def causal(qkv, heads):
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+@PATHS
+def test_texts_that_share_a_beginning_can_lie_in_one_row_of_any_length(path):
+    """A tree: three tokens, then two continuations of two; with a second copy of all, longer than the model has positions."""
+    model = built(path, max_position_embeddings=6).eval()
+    stem, ends = IDS[0, :3], (IDS[1, :2], IDS[2, :2])
+    row = torch.cat([stem, *ends] * 2)[None]
+    positions = torch.tensor([0, 1, 2, 3, 4, 3, 4] * 2)[None]
+    tree = torch.ones(7, 7).tril().bool()
+    tree[5:, 3:5] = False
+    seen = torch.block_diag(tree, tree).bool()[None, None]
+    packed = model(input_ids=row, attention_mask=seen, position_ids=positions, use_cache=False).logits[0]
+    for copy in (packed[:7], packed[7:]):
+        for end, found in zip(ends, (copy[[0, 1, 2, 3, 4]], copy[[0, 1, 2, 5, 6]]), strict=True):
+            assert_same(found, model(input_ids=torch.cat([stem, end])[None]).logits[0])
+    for wrong in ({"position_ids": None}, {"attention_mask": seen.long()}):
+        with pytest.raises(ValueError, match="a mask per token must be boolean, needs position_ids"):
+            model(**{"input_ids": row, "attention_mask": seen, "position_ids": positions} | wrong)
+    with pytest.raises(ValueError, match="goes with no sliding_window"):
+        built(path, sliding_window=3)(input_ids=row, attention_mask=seen, position_ids=positions)
+
+
+def causal(q, k, v, heads, layer):
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
@@ -383,7 +404,7 @@ def test_a_model_made_on_the_meta_device_computes_what_its_loaded_weights_say():
 
 
 @pytest.mark.parametrize("path, dtype", [*((path, torch.bfloat16) for path in ("loop", "dense", "grouped")), ("loop", torch.float64),
-                                         ("dense", torch.float64)])
+                                         ("dense", torch.float64), ("auto", torch.float64)])
 def test_models_of_other_types_train(path, dtype):
     """grouped_mm knows no float64. In bf16 rounded inputs may pick another expert, so that few tokens differ much."""
     expected = built(path).train()(input_ids=IDS, labels=IDS)
@@ -411,15 +432,23 @@ def test_without_graph_breaks_the_compiled_dense_path_equals_eager_and_auto_is_d
         assert_same(gradient, wanted[name], message=name)
 
 
-@pytest.mark.parametrize("width, in_fp32, in_bf16", [(16, "loop", "dense"), (128, "loop", "loop")])
-def test_auto_is_loop_on_a_cpu_but_dense_for_small_products_in_bf16_and_dense_elsewhere(width, in_fp32, in_bf16):
+@pytest.mark.parametrize("keys, in_fp32, in_bf16", [({}, "grouped", "dense"), ({"parallel_hidden_size": 128}, "grouped", "grouped"), (
+    {"parallel_hidden_size": 132, "parallel_attention_heads": 3}, "loop", "loop"), ({"parallel_intermediate_size": 36}, "loop", "dense")])
+def test_auto_is_grouped_on_a_cpu_where_it_can_be_but_dense_for_small_products_in_bf16_and_dense_elsewhere(keys, in_fp32, in_bf16):
     tokens = torch.zeros(2, 32)
-    router = built(parallel_hidden_size=width).model.shrink.router
-    assert (router.path(tokens), router.path(tokens.to("meta"))) == (in_fp32, "dense")
+    model = built(**keys)
+    router = model.model.shrink.router
+    assert (router.path(tokens), router.path(tokens.to("meta")), router.path(tokens.double())) == (in_fp32, "dense", "loop")
     with torch.autocast("cpu", torch.bfloat16):
         assert router.path(tokens) == in_bf16
-    assert router.to(torch.bfloat16).path(tokens) == in_bf16
+    model(input_ids=IDS, labels=IDS).loss.backward()  # as it says, the path can
+    assert router.to(torch.bfloat16).path(tokens.bfloat16()) == in_bf16
     assert built("grouped").model.shrink.router.path(tokens) == "grouped"
+
+
+def test_where_torch_has_no_grouped_product_auto_is_loop(monkeypatch):
+    monkeypatch.delattr(F, "grouped_mm")
+    assert built().model.shrink.router.path(torch.zeros(2, 32)) == "loop"
 
 
 def test_a_seed_makes_the_weights():
@@ -467,6 +496,7 @@ def skewed():
 
 
 def work(rank, folder):
+    torch.set_num_threads(1)  # a forked process has lost its parent's threads, and would wait for them
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = DistributedDataParallel(skewed(), find_unused_parameters=False)
     ids = IDS[:2][rank:rank + 1]
