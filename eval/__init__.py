@@ -1,0 +1,1 @@
+"""Evaluation: zero-shot scores, fine-tuning, comparisons, and the official pipeline beside them."""

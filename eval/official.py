@@ -1,0 +1,496 @@
+"""Run the unmodified official evaluation pipeline on a run folder with all its milestones, and compare its results with ours.
+
+    bash eval/official.sh <clone> models/<name> [causal|mlm|mntp] [data folder]        makes its environment, then calls `run`
+    python -m eval.official run <clone> models/<name> --python <its Python>            check, cache, run, compare
+    python -m eval.official compare <clone>/results/<name> results/<name>              only compare
+
+Every revision gets its own scores only if the pipeline is given a name on the hub: with a local path it ignores the revision
+and scores the final model again and again.  So the run folder is laid out, by links, as a hub cache: <hub>/hub/models--local--<name>
+holds a snapshot for main and for each chck_*, and the pipeline runs offline on `local/<name>`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from babylm.config import UserError
+from babylm.run_folder import is_whole, require_finished, run_stage, write_json, write_text
+from custom_dataset import file_sha256
+
+BACKENDS = ("causal", "mlm", "mntp")
+ORG = "local"  # of the name on the made-up hub
+
+
+@dataclass(frozen=True)
+class Script:
+    """A command line of the pipeline, run in the root of its clone, and the folder of data it is for."""
+
+    file: str
+    arguments: tuple[str, ...]
+    data: str
+
+
+# All that is assumed about the pipeline's command line; everything else is read from the results it writes.
+DATA = "evaluation_data"  # in the clone, where no data folder is given
+FULL = Script("eval_zero_shot.sh", ("{model}", "{backend}", "{data}"), "full_eval")
+FAST = Script("eval_zero_shot_fast.sh", ("{model}", "{revision}", "{backend}", "{data}"), "fast_eval")
+
+
+# ---- Is the checkpoint what the pipeline needs? ---------------------------------------------------------------------
+
+
+def revisions_of(root: Path) -> dict[str, Path]:
+    """{"main": the run folder, "chck_1M": ..., ...}, milestones in the order of their words."""
+
+    def words(folder: Path) -> float:
+        return float(folder.name[5:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[folder.name[-1]]
+
+    found = [folder for folder in root.glob("chck_*") if folder.is_dir() and re.fullmatch(r"chck_\d+[KMB]", folder.name)]
+    return {"main": root} | {folder.name: folder for folder in sorted(found, key=words)}
+
+
+def check_run(root: Path, backend: str) -> dict[str, Path]:
+    """The revisions of a finished run. UserError where the pipeline would refuse it or score it wrongly, without saying so."""
+    name = root.resolve().name
+    if "." in name:
+        raise UserError(f"{root}: the name holds a dot. The pipeline files results under what stands before the last one, "
+                        f"{Path(name).stem!r}, where two models can meet: rename the folder to {name.replace('.', '_')!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*", name) or len(name) > 90:
+        raise UserError(f"{root}: no name for the hub (letters, digits, _, single - inside, 90 characters at most): rename the folder")
+    if not root.is_dir():
+        raise UserError(f"{root} does not exist: give the folder of a finished run")
+    require_finished(str(root), "the official evaluation")
+    revisions = revisions_of(root)
+    for folder in revisions.values():
+        check_checkpoint(folder, backend)
+    return revisions
+
+
+def check_checkpoint(folder: Path, backend: str) -> None:
+    """One folder with a model. UserError names the file and the key that are wrong."""
+    if (folder / "complete.json").is_file() and not is_whole(folder):
+        raise UserError(f"{folder} is damaged: a file is missing or cut short. Make the run again, or copy the folder anew")
+    for needed in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder} has no {needed}, without which the pipeline cannot load it")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no weights (*.safetensors)")
+    settings = _read_json(folder / "config.json")
+    for target in settings.get("auto_map", {}).values():
+        module = folder / f"{str(target).split('.')[0]}.py"
+        if not module.is_file():
+            raise UserError(f"{folder / 'config.json'}: auto_map names {target}, but {module.name} is not beside it")
+    _check_tokenizer(folder, backend)
+
+
+def _check_tokenizer(folder: Path, backend: str) -> None:
+    file = folder / "tokenizer_config.json"
+    settings = _read_json(file)
+    advice = "save it with babylm.models.save_tokenizer"
+    if "backend" in settings:
+        raise UserError(f"{file}: the key \"backend\" is of transformers 5, and the pipeline's 4.51 cannot load such a tokenizer: {advice}")
+    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
+        raise UserError(f"{file}: tokenizer_class is {settings.get('tokenizer_class')!r}, which the pipeline's transformers 4.51 cannot "
+                        f"load: {advice}, which writes \"PreTrainedTokenizerFast\"")
+    inputs = settings.get("model_input_names")
+    if backend == "causal" and (inputs is None or "token_type_ids" in inputs):
+        raise UserError(f"{file}: model_input_names is {inputs!r}. Transformers 4.51 then gives a causal model token_type_ids, and GPT-2 "
+                        f"adds them to its inputs: {advice}, which writes [\"input_ids\", \"attention_mask\"]")
+    if not settings.get("pad_token"):
+        raise UserError(f"{file} names no pad_token, which the pipeline needs to make batches: {advice}")
+    if backend != "causal" and not settings.get("mask_token"):
+        raise UserError(f"{file} names no mask_token: this is no model for {backend}; a causal one is scored with causal")
+    starts = [_token(settings[key]) for key in ("bos_token", "cls_token") if settings.get(key)]
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").tokens
+    if encoded[:1] not in [[start] for start in starts]:
+        raise UserError(f"{folder / 'tokenizer.json'}: a text begins with {encoded[:1]}, not with the start token {starts}. The pipeline "
+                        f"adds none, so the first word of each sentence would not be scored: {advice}")
+
+
+def _token(value: str | dict) -> str:
+    return value["content"] if isinstance(value, dict) else value
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged, no JSON: {error}") from None
+
+
+# ---- A hub cache by hand --------------------------------------------------------------------------------------------
+
+
+def snapshot_id(folder: Path) -> str:
+    """40 hex digits, as a commit has: a hash of a checkpoint's file names and contents."""
+    digest = hashlib.sha1()
+    for file in checkpoint_files(folder):
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """What belongs to a checkpoint: the files right in its folder (the run's record and milestones are folders of their own).
+
+    Not the model card, in which results may be entered after they were made.
+    """
+    return sorted(file for file in folder.iterdir()
+                  if file.is_file() and not file.name.startswith(".") and file.name not in ("README.md", "complete.json"))
+
+
+def build_cache(revisions: dict[str, Path], name: str, home: Path) -> dict[str, str]:
+    """Lay out checkpoints as a hub cache under `home`, as symbolic links; an earlier one of the same name is replaced.
+
+    Args:
+        revisions: {revision: folder of a checkpoint}.
+        name: of the repository, local/<name>.
+        home: what HF_HOME will be.
+
+    Returns:
+        {revision: snapshot id}. Equal checkpoints share a snapshot.
+
+    Raises:
+        UserError: there is a repository of that name that was not made here.
+    """
+    repository = home / "hub" / f"models--{ORG}--{name}"
+    marker = repository / "made-by-eval-official"
+    if repository.exists() and not marker.is_file():
+        raise UserError(f"{repository} exists and was not made by this script: choose another --hub")
+    shutil.rmtree(repository, ignore_errors=True)
+    ids = {revision: snapshot_id(folder) for revision, folder in revisions.items()}
+    write_text(marker, "links into a run folder; made anew at each call\n")
+    for revision, folder in revisions.items():
+        snapshot = repository / "snapshots" / ids[revision]
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in checkpoint_files(folder):
+            link = snapshot / file.name
+            if not link.is_symlink():
+                link.symlink_to(file.resolve())
+        write_text(repository / "refs" / revision, ids[revision])  # no newline: the hub client reads it as it stands
+    return ids
+
+
+# ---- Running it -----------------------------------------------------------------------------------------------------
+
+
+def pipeline_environment(home: Path, python: Path) -> dict[str, str]:
+    """Environment of the pipeline: its own `python`, the made-up hub and no other, no network.
+
+    Its scripts say `python`, so a `python` that calls the given one is put first on PATH.
+    """
+    wrapper = home / "bin" / "python"
+    write_text(wrapper, f'#!/bin/sh\nexec {shlex.quote(os.path.abspath(python))} "$@"\n')
+    wrapper.chmod(0o755)
+    # These would take precedence over HF_HOME, or bring our packages into its Python.
+    dropped = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            "PATH": f"{wrapper.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def data_sets(clone: Path, script: Script, data: Path) -> list[str]:
+    """Names of the data sets that a script asks for and the data folder has; UserError if there are none."""
+    file = clone / script.file
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: {clone} is no clone of the official pipeline, or of a version with another command line "
+                        "(then correct FULL and FAST in eval/official.py)")
+    folder = data / script.data
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: get the pipeline's data (its README says where), or give the folder that holds "
+                        f"{FULL.data}/ and {FAST.data}/; with --fast, {FAST.data}/ is enough")
+    text = file.read_text(encoding="utf-8")
+    found = sorted(child.name for child in folder.iterdir() if child.is_dir() and re.search(rf"/{re.escape(child.name)}\b", text))
+    if not found:
+        raise UserError(f"{folder} holds none of the data sets that {script.file} asks for")
+    return found
+
+
+def missing_results(folder: Path, sets: list[str]) -> list[str]:
+    """Data sets without predictions in <revision>/zero_shot/<backend>/: a script goes on after a task that failed."""
+    there = {path.parent.name for path in [*folder.glob("*/*/predictions.json"), *folder.glob("reading/predictions.json")]}
+    return [name for name in sets if name not in there]
+
+
+def run_revision(clone: Path, script: Script, name: str, revision: str, snapshot: str, backend: str, data: Path, home: Path,
+                 python: Path) -> None:
+    """Let the pipeline score one revision, unless it has done so for the same checkpoint and data.
+
+    Results of another checkpoint are moved aside first: a task that fails would leave them to be taken for this one's.
+
+    Raises:
+        UserError: a data set that is there was left out.
+    """
+    sets = data_sets(clone, script, data)
+    folder = clone / "results" / name / revision / "zero_shot" / backend
+    stamp = folder / "scored.json"
+    made_of = {"snapshot": snapshot, "script": script.file, "data": str(data.resolve() / script.data), "sets": sets}
+    if stamp.is_file() and _read_json(stamp) == made_of and not missing_results(folder, sets):
+        print(f"{revision}: done before", flush=True)
+        return
+    if folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{backend}-old{number}")).exists():
+            number += 1
+        os.rename(folder, aside)
+        print(f"{revision}: moved earlier results to {aside}", flush=True)
+    values = {"model": f"{ORG}/{name}", "revision": revision, "backend": backend, "data": str(data.resolve() / script.data)}
+    command = ["bash", script.file, *(argument.format(**values) for argument in script.arguments)]
+    print(f"{revision}: {shlex.join(command)}", flush=True)
+    code = subprocess.run(command, cwd=clone, env=pipeline_environment(home, python), check=False).returncode
+    missing = missing_results(folder, sets)
+    if missing:
+        raise UserError(f"the official pipeline left no predictions of {revision} on {', '.join(missing)} (exit code {code}). Its output "
+                        f"is above; the command, in {clone}: {shlex.join(command)}")
+    if code:  # of the script's last task alone, which may be one whose data are not there
+        print(f"{revision}: {script.file} ended with code {code}, with all predictions for which there are data", flush=True)
+    write_json(stamp, made_of)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, cache, run all revisions, compare."""
+    args.clone, root = args.clone.resolve(), args.model.resolve()
+    revisions = check_run(args.model, args.backend)
+    if args.revisions:
+        unknown = [name for name in args.revisions.split(",") if name not in revisions]
+        if unknown:
+            raise UserError(f"--revisions: {args.model} has no {', '.join(unknown)}; it has {', '.join(revisions)}")
+        revisions = {name: revisions[name] for name in args.revisions.split(",")}
+    scripts = {name: FULL if name == "main" and not args.fast else FAST for name in revisions}
+    data = args.data or args.clone / DATA
+    for script in dict.fromkeys(scripts.values()):
+        sets = data_sets(args.clone, script, data)
+        if args.check:
+            print(f"{script.file} on {data / script.data}: {', '.join(sets)}; not on any that are not there", flush=True)
+    if (args.clone / ORG / root.name).exists():
+        raise UserError(f"{args.clone / ORG / root.name} exists: the pipeline would load it instead of the revisions; move it away")
+    ours = args.ours or Path("results") / root.name
+    lacking = [name for name in revisions if not (ours / name / "zero_shot" / args.backend).is_dir()]
+    if lacking and not args.no_compare:
+        raise UserError(f"{ours} has no results of ours to compare with for {', '.join(lacking)} ({args.backend}): score them with "
+                        f"python -m eval.zero_shot, name the folder with --ours, or give --no-compare")
+    if args.check:
+        return
+    home = (args.hub or args.clone.with_name(f"{args.clone.name}-hub")).resolve()
+    ids = build_cache(revisions, root.name, home)
+    for name, script in scripts.items():
+        run_revision(args.clone, script, root.name, name, ids[name], args.backend, data, home, args.python)
+    if not args.no_compare:
+        report(args.clone / "results" / root.name, ours, [args.backend], list(revisions), args.tolerance, args.tie_margin)
+
+
+# ---- Comparing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Agreement:
+    """How theirs and ours compare on one data set of one revision: a line of text per item and per printed score that differs.
+
+    `tied` are items and `moved` the scores with such items, where a tie explains it.
+    """
+
+    where: str
+    items: int
+    different: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    scores: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    averages: tuple[str, str] = ("-", "-")  # theirs and ours
+
+
+def compare_set(theirs: Path, ours: Path, where: str, tolerance: float, margin: float) -> Agreement:
+    """Compare the folders of one data set.
+
+    Args:
+        theirs, ours: each with predictions.json and a report; ours with items.jsonl.
+        where: how to call it.
+        tolerance: nats by which surprisals may differ, and by which a WUG share may.
+        margin: nats; an item whose two best candidates we score closer than this is a tie too.
+    """
+    a, b = (read_predictions(folder / "predictions.json") for folder in (theirs, ours))
+    result = Agreement(where, len(a))
+    gaps, tied_uids = read_gaps(ours / "items.jsonl", margin), set()
+    for key in dict.fromkeys([*a, *b]):
+        label = f"{key[0]} / {key[1]}"
+        if key not in a or key not in b:
+            result.different.append(f"{label}: only in {'ours' if key in b else 'theirs'}")
+            continue
+        unequal = [value for value in sorted({*a[key], *b[key]}) if not _same(a[key].get(value), b[key].get(value), tolerance)]
+        if not unequal:
+            continue
+        text = f"{label}: " + "; ".join(f"{value} {a[key].get(value)!r} in theirs, {b[key].get(value)!r} in ours" for value in unequal)
+        if unequal == ["pred"] and gaps.get(key) == 0:
+            result.tied.append(text)
+            tied_uids.add(key[0])
+        else:
+            result.different.append(text + (f"; our two best candidates are {gaps[key]:.2g} nats apart" if key in gaps else ""))
+    uids = {uid for uid, _ in a}
+    for name in ("best_temperature_report.txt", "report.txt"):
+        if (theirs / name).is_file():
+            x, y = read_report(theirs / name), read_report(ours / name)
+            result.averages = _averages(x), _averages(y)
+            for line in (line for line in dict.fromkeys([*x, *y]) if x.get(line) != y.get(line)):
+                # A tie moves the score of its UID, and the means over several; not the score of another UID.
+                uid = line.rsplit(", ", 1)[-1]
+                explained = bool(tied_uids) and (uid in tied_uids or uid not in uids)
+                text = f"{name}, {line}: {x.get(line, 'missing')} in theirs, {y.get(line, 'missing')} in ours"
+                (result.moved if explained else result.scores).append(text)
+    return result
+
+
+def _same(x: Any, y: Any, tolerance: float) -> bool:
+    if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+        return abs(x - y) <= tolerance or (math.isnan(x) and math.isnan(y))  # NaN in both where there is no previous word
+    return x == y
+
+
+def _averages(scores: dict[str, str]) -> str:
+    averages = [value for name, value in scores.items() if name.startswith("AVERAGE") or name.endswith("SCORE")]
+    return " ".join(averages) or "-"
+
+
+def read_predictions(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(UID, id): prediction} of an official predictions.json. UserError names the file where it is none."""
+    table = {}
+    try:
+        for uid, entry in _read_json(file).items():
+            for prediction in entry["predictions"]:
+                key = uid, str(prediction["id"])
+                if key in table:
+                    raise UserError(f"{file}: the id {key[1]!r} of UID {uid!r} is there twice")
+                table[key] = {name: value for name, value in prediction.items() if name != "id"}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no predictions.json of the pipeline ({error!r})") from None
+    return table
+
+
+def read_gaps(file: Path, margin: float) -> dict[tuple[str, str], float]:
+    """{(uid, id): nats between our two best candidates}, 0 for a tie (marked as one, or within `margin`); empty without the file."""
+    gaps = {}
+    if not file.is_file():
+        return gaps
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            item = json.loads(line)
+            if "scores" in item:  # those of reading have none: nothing is chosen there
+                best = sorted(map(float, item["scores"]))[-2:]
+                gap = best[-1] - best[0]
+                gaps[item["uid"], str(item["id"])] = 0.0 if item["tie"] or gap <= margin else gap
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}, line {number}: no item of ours ({error!r}); score this task again") from None
+    return gaps
+
+
+def read_report(file: Path) -> dict[str, str]:
+    """{"<section>, <name>": number as printed} of a report of the pipeline; a section's lone number is named by the section."""
+    scores: dict[str, str] = {}
+    section = ""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in filter(None, map(str.strip, lines)):
+        if line.startswith("###"):
+            section = line.lstrip("# ")
+        elif ":" in line:
+            name, number = line.rsplit(":", 1)
+            scores[f"{section}, {name}" if section else name] = number.strip()
+        else:
+            scores[section] = line
+    return scores
+
+
+def result_folders(root: Path, backends: list[str], revisions: list[str] | None) -> Iterator[tuple[str, Path]]:
+    """("<revision>/<backend>/<task>/<dataset>", folder) of all predictions under results/<name>."""
+    for pattern in ("*/zero_shot/*/*/*/predictions.json", "*/zero_shot/*/reading/predictions.json"):
+        for file in sorted(root.glob(pattern)):
+            revision, _, backend, *task = file.parent.relative_to(root).parts
+            if backend in backends and (revisions is None or revision in revisions):
+                yield "/".join([revision, backend, *task]), file.parent
+
+
+def report(theirs: Path, ours: Path, backends: list[str], revisions: list[str] | None, tolerance: float, margin: float) -> None:
+    """Compare two folders results/<name>, print a table and the first differences; exit with code 1 on any that is no tie."""
+    a, b = (dict(result_folders(root, backends, revisions)) for root in (theirs, ours))
+    if not a:
+        raise UserError(f"{theirs} holds no predictions of the pipeline ({', '.join(backends)}; revisions: "
+                        f"{', '.join(revisions or ['any'])}): give the folder results/<name> in its clone")
+    agreements = [compare_set(folder, b[where], where, tolerance, margin) for where, folder in a.items() if where in b]
+    lines = [["revision/backend/task/data", "items", "same", "tied", "different", "theirs", "ours", ""]]
+    for row in agreements:
+        same = row.items - len(row.tied) - len(row.different)
+        remark = "DIFFERENT" if row.different or row.scores else "scores differ, by ties" if row.moved else ""
+        lines.append([row.where, str(row.items), str(max(same, 0)), str(len(row.tied)), str(len(row.different)), *row.averages, remark])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:-1]), line[-1]]).rstrip())
+    for row in agreements:
+        for kind, found in (("different", row.different), ("score", row.scores), ("tie", row.tied), ("score, by ties", row.moved)):
+            for text in found[:5]:
+                print(f"{kind}: {row.where}: {text}")
+            if len(found) > 5:
+                print(f"{kind}: {row.where}: and {len(found) - 5} more")
+    missing = [where for where in a if where not in b]
+    for where in missing:
+        print(f"missing: ours has no {where}")
+    for where in b:
+        if where not in a:
+            print(f"note: the pipeline did not score {where}: not compared")
+    bad = [row for row in agreements if row.different or row.scores]
+    sys.stdout.flush()
+    if bad or missing:
+        raise UserError(f"ours and the official results differ in {len(bad)} data sets, and {len(missing)} are missing in ours")
+    print(f"the same: {sum(row.items for row in agreements):,} predictions in {len(agreements)} data sets, "
+          f"{sum(len(row.tied) for row in agreements):,} ties aside")
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.official", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--tolerance", type=float, default=1e-3,
+                        help="by which surprisals (nats) and WUG shares may differ (default: 0.001); text must be equal")
+    shared.add_argument("--tie-margin", type=float, default=0.0, metavar="NATS",
+                        help="also call a tie what our two best candidates leave closer than this (default: 0)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", parents=[shared], help="check, build the hub cache, run the pipeline, compare")
+    runs.add_argument("clone", type=Path, help="clone of the official pipeline")
+    runs.add_argument("model", type=Path, metavar="models/NAME", help="finished run folder")
+    runs.add_argument("--backend", choices=BACKENDS, default="causal")
+    runs.add_argument("--data", type=Path, help=f"folder with {FULL.data}/ and {FAST.data}/ (default: {DATA}/ in the clone)")
+    runs.add_argument("--fast", action="store_true", help="score main on the fast data too: minutes instead of hours")
+    runs.add_argument("--revisions", metavar="main,chck_1M", help="only these (default: main and all milestones)")
+    runs.add_argument("--python", type=Path, default=Path(sys.executable), help="what the pipeline runs in (default: this Python)")
+    runs.add_argument("--hub", type=Path, help="where the hub cache is made (default: <clone>-hub)")
+    runs.add_argument("--ours", type=Path, help="our results (default: results/NAME)")
+    runs.add_argument("--no-compare", action="store_true", help="only run the pipeline")
+    runs.add_argument("--check", action="store_true", help="only check that everything is there")
+    compares = commands.add_parser("compare", parents=[shared], help="compare the pipeline's results with ours")
+    compares.add_argument("theirs", type=Path, metavar="CLONE/results/NAME")
+    compares.add_argument("ours", type=Path, metavar="results/NAME")
+    compares.add_argument("--backend", choices=BACKENDS, help="only this one")
+    compares.add_argument("--revisions", metavar="main,chck_1M", help="only these")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args)
+    else:
+        report(args.theirs, args.ours, [args.backend] if args.backend else list(BACKENDS),
+               args.revisions.split(",") if args.revisions else None, args.tolerance, args.tie_margin)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,178 @@
+"""From scored candidates to predictions, official files, a summary with standard errors, and the table."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from babylm.run_folder import write_json, write_text
+from eval import reading
+from eval.tasks import Item, Task
+
+BASELINES = Path(__file__).with_name("baselines.yaml")
+RESAMPLES = 500  # for standard errors that have no formula
+
+
+def answers(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """One row per item: what items.jsonl holds. The prediction is the first candidate with the largest score, as officially;
+    `correct` says whether it is right and no other is as likely: a model that answers the same for everything is not right."""
+    rows = []
+    for item, values in zip(items, scores, strict=True):
+        values = [float(value) for value in values]
+        best = values.index(max(values))
+        tie = values.count(values[best]) > 1
+        row = {"uid": item.uid, "id": item.id, "scores": values, "pred": best, "gold": item.gold,
+               "correct": None if item.gold is None else best == item.gold and not tie, "tie": tie}
+        rows.append(row if item.ratio is None else {**row, "ratio": item.ratio})
+    return rows
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]], strict: bool = False) -> tuple[float, float]:
+    """(percent, standard error): the plain mean over uids, for entity tracking over the uids of a split and then over splits.
+
+    Officially a tie goes to the first candidate, which is the right one; `strict` counts it as wrong. The error is that of a
+    stratified sample: each uid's p (1 - p) / n.
+    """
+    hits: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for item, row in zip(items, rows, strict=True):
+        hits[item.split if task.average == "splits" else ""][item.uid].append(row["correct"] if strict else row["pred"] == row["gold"])
+    means, variances = [], []
+    for uids in hits.values():
+        shares = [(np.mean(values), len(values)) for values in uids.values()]
+        means.append(np.mean([share for share, _ in shares]))
+        variances.append(sum(share * (1 - share) / count for share, count in shares) / len(shares) ** 2)
+    return 100 * float(np.mean(means)), 100 * float(np.sqrt(np.sum(variances)) / len(means))
+
+
+def first_share(scores: Sequence[float]) -> float:
+    """Softmax over the candidates' log-probabilities: what falls to the first."""
+    weights = np.exp(np.asarray(scores) - np.max(scores))
+    return float(weights[0] / weights.sum())
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Rank correlation; equal values share their mean rank. NaN where one side is constant."""
+    one, other = _ranks(one), _ranks(other)
+    if one.std() == 0 or other.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+def resampled(statistic, count: int, resamples: int = RESAMPLES) -> float:
+    """Standard deviation of statistic(indices) over bootstrap samples of `count` items, seeded."""
+    generator = np.random.default_rng(0)
+    values = [statistic(generator.integers(count, size=count)) for _ in range(resamples)]
+    return float(np.nanstd(values))
+
+
+def summary(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Score and standard error of a set (percent, or rho), number of items, share of ties, and scores by uid and group."""
+    ties = float(np.mean([row["tie"] for row in rows]))
+    if task.score == "spearman":
+        shares, ratios = (np.array(values) for values in ([first_share(row["scores"]) for row in rows], [item.ratio for item in items]))
+        score, error = spearman(shares, ratios), resampled(lambda chosen: spearman(shares[chosen], ratios[chosen]), len(rows))
+        return {"task": task.name, "score": score, "se": error, "n": len(rows), "ties": ties}
+    score, error = accuracy(task, items, rows)
+    strict, _ = accuracy(task, items, rows, strict=True)
+    return {"task": task.name, "score": score, "se": error, "n": len(rows), "ties": ties, "strict": strict,
+            "by": breakdown(task, items, rows)}
+
+
+def breakdown(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{heading: {name: percent of its items}}: by uid, and by each group of the task."""
+    hits: dict[str, dict[str, list[bool]]] = {heading: defaultdict(list) for heading in [*task.groups, "UID"]}
+    for item, row in zip(items, rows, strict=True):
+        for heading, name in {**item.groups, "UID": item.uid}.items():
+            hits[heading][name].append(row["pred"] == row["gold"])
+    found = {heading: {name: 100 * float(np.mean(values)) for name, values in sorted(names.items())} for heading, names in hits.items()}
+    if task.average == "splits":
+        for split in sorted({item.split for item in items}):
+            uids = {item.uid for item in items if item.split == split}
+            found["UID"][split] = float(np.mean([found["UID"][uid] for uid in sorted(uids)]))
+    return found
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def write_set(folder: Path, task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> None:
+    """predictions.json and best_temperature_report.txt as the official pipeline writes them, and items.jsonl."""
+    predictions: dict[str, dict[str, list]] = {}
+    for item, row in zip(items, rows, strict=True):
+        entry = {"id": item.id, "pred": item.names[row["pred"]]}
+        if task.score == "spearman":
+            entry["prob"] = first_share(row["scores"])
+        predictions.setdefault(item.uid, {"predictions": []})["predictions"].append(entry)
+    write_json(folder / "predictions.json", predictions)
+    write_text(folder / "items.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if task.score == "spearman":
+        sections = {"UID SPEARMAN'S RHO": {"avg": found["score"]}, "AVERAGE SPEARMAN'S RHO": found["score"]}
+    else:
+        order = sorted(found["by"], key=lambda heading: ("FIELD", "UID").index(heading) if heading in ("FIELD", "UID") else 2)
+        sections = {f"{heading} ACCURACY": found["by"][heading] for heading in order} | {"AVERAGE ACCURACY": found["score"]}
+    lines = ["TEMPERATURE: 1.00", ""]
+    for heading, values in sections.items():
+        lines += [f"### {heading}", *([f"{name}: {value:.2f}" for name, value in values.items()] if isinstance(values, dict)
+                                      else [f"{values:.2f}"]), ""]
+    write_text(folder / "best_temperature_report.txt", "\n".join(lines) + "\n")
+
+
+def write_reading(folder: Path, rows: Sequence[dict[str, str]], values: np.ndarray) -> dict[str, Any]:
+    """predictions.json and report.txt as the official pipeline writes them, and items.jsonl; returns the summary."""
+    found = reading.scores(rows, values[:, 0], values[:, 1])
+    entries = [{"id": number, "pred": float(pred), "prev_pred": float(before)} for number, (pred, before) in enumerate(values)]
+    write_text(folder / "predictions.json", json.dumps({"reading": {"predictions": entries}}))  # NaN where there is no word before
+    lines = [json.dumps({"uid": "reading", "id": entry["id"], "scores": [entry["pred"], entry["prev_pred"]]}) for entry in entries]
+    write_text(folder / "items.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / "report.txt", f"EYE TRACKING SCORE: {found['eye_tracking']:.2f}\n"
+                                      f"SELF-PACED READING SCORE: {found['self_paced']:.2f}\n")
+    chosen = {}
+    for name in found:
+        def part(index, name=name):
+            return reading.scores([rows[i] for i in index], values[index, 0], values[index, 1])[name]
+
+        chosen[name] = resampled(part, len(rows), 50)
+    return {"task": "reading", "score": (found["eye_tracking"] + found["self_paced"]) / 2, "n": len(rows), "ties": 0.0,
+            "se": float(np.hypot(*chosen.values()) / 2), "by": {"MEASURE": found}, "by_se": {"MEASURE": chosen}}
+
+
+# ---- The table ------------------------------------------------------------------------------------------------------
+
+
+def table(columns: dict[str, dict[str, dict[str, Any]]], tasks: dict[str, Task]) -> str:
+    """Markdown: a row per scored set, a column per model (score ± standard error, ties where there are any), then chance.
+
+    Args:
+        columns: {name of a model: {name of a set: its summary}}.
+    """
+    sets = list(dict.fromkeys(name for found in columns.values() for name in found))
+    lines = [f"| set | items | {' | '.join(columns)} | chance |", "|---|---|" + "---|" * (len(columns) + 1)]
+    for name in sets:
+        entries = [found.get(name) for found in columns.values()]
+        one = next(entry for entry in entries if entry)
+        cells = ["-" if entry is None else f"{entry['score']:.2f} ± {entry['se']:.2f}" +
+                 (f" ({100 * entry['ties']:.1f} % ties: {entry['strict']:.2f} without)" if entry["ties"] and "strict" in entry else "")
+                 for entry in entries]
+        lines.append(f"| {name} | {one['n']:,} | {' | '.join(cells)} | {tasks[one['task']].chance:g} |")
+    return "\n".join(lines)
+
+
+def baseline_rows(names: Sequence[str]) -> str:
+    """Published scores of the tasks of these names, as lines."""
+    lines = []
+    for title, values in yaml.safe_load(BASELINES.read_text(encoding="utf-8")).items():
+        if known := {name: value for name, value in values.items() if name in names}:
+            lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in known.items()))
+    return "\n".join(lines)

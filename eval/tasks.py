@@ -1,0 +1,163 @@
+"""The zero-shot tasks: what tasks.yaml says of each, which sets of them lie in a data folder, and their items."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from babylm.config import UserError
+
+TASKS_FILE = Path(__file__).with_name("tasks.yaml")
+
+
+class Candidate(BaseModel):
+    """A text to score, and what stands before it; both with {fields} of a row."""
+
+    model_config = ConfigDict(extra="forbid")
+    prefix: str = ""
+    text: str
+
+
+class Task(BaseModel):
+    """One entry of tasks.yaml; the head of that file explains the keys."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = ""
+    title: str
+    sets: list[str] = Field(min_length=1)
+    folder: str
+    candidates: list[Candidate] = []
+    prefix: str = ""
+    options: str | None = None
+    separator: str | None = None
+    gold: str | None = None
+    uid: str = ""
+    groups: dict[str, str] = {}
+    group_default: str | None = None
+    average: str = Field("uids", pattern="^(uids|splits)$")
+    score: str = Field("accuracy", pattern="^(accuracy|spearman|reading)$")
+    normalise: str | None = Field(None, pattern="^length$")
+    chance: float
+    source: str
+
+    @model_validator(mode="after")
+    def _texts(self) -> "Task":
+        if self.score != "reading" and (bool(self.candidates) == bool(self.options) or not self.uid):
+            raise ValueError("a task needs a uid, and either candidates or options")
+        return self
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: texts to choose from.
+
+    `gold` is the index of the right candidate; None where people's answers are a `ratio` in favour of the first.
+    """
+
+    uid: str
+    id: str
+    prefixes: tuple[str, ...]
+    texts: tuple[str, ...]
+    gold: int | None
+    ratio: float | None
+    groups: dict[str, str] = field(default_factory=dict)
+    split: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the official predictions call the candidates: the scored text, or the whole where that is the same for all."""
+        texts = tuple(text.removeprefix(" ") if prefix else text for prefix, text in zip(self.prefixes, self.texts, strict=True))
+        return texts if len(set(texts)) > 1 else tuple(prefix + text for prefix, text in zip(self.prefixes, self.texts, strict=True))
+
+
+def load_tasks(path: Path = TASKS_FILE) -> dict[str, Task]:
+    """{name: Task} of a file like tasks.yaml. UserError names the file, the task and the key."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: not a mapping of task names to their descriptions")
+        return {name: Task.model_validate({**entry, "name": name}) for name, entry in entries.items()}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def choose_tasks(names: list[str] | None, tasks: dict[str, Task]) -> list[Task]:
+    """The tasks of these names, or all. UserError on a name that is none."""
+    unknown = sorted(set(names or ()) - set(tasks))
+    if unknown:
+        raise UserError(f"no such task: {', '.join(unknown)}; tasks.yaml has {', '.join(tasks)}")
+    return [task for name, task in tasks.items() if not names or name in names]
+
+
+def find_sets(task: Task, data: Path) -> list[Path]:
+    """The folders of a task's sets that exist under a data path, or under its fast_eval/ or full_eval/."""
+    places = (data, data / "full_eval", data / "fast_eval")
+    return [place / name for name in task.sets for place in places if (place / name).is_dir()]
+
+
+def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSONL file. UserError names file and line of one that is cut short or not an object."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: not JSON (cut short?): {line[:60]!r}; fetch the file again") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
+        yield number, row
+
+
+def read_items(task: Task, folder: Path) -> list[Item]:
+    """All items of one set, in the files' order.
+
+    Raises:
+        UserError: no JSONL file, no row, a row that lacks a field (file and line are named), or fewer than two candidates.
+    """
+    items: list[Item] = []
+    counts: dict[str, int] = {}
+    files = sorted(folder.glob("*.jsonl"))
+    for file in files:
+        for number, row in rows(file):
+            try:
+                item = _item(task, file.stem, row, counts)
+            except KeyError as error:
+                raise UserError(f"{file}, line {number}: a row of {task.title} needs the field {error.args[0]!r}; it has "
+                                f"{', '.join(row)}") from None
+            if len(item.texts) < 2:
+                raise UserError(f"{file}, line {number}: {task.title} needs at least two candidates to choose from, not {len(item.texts)}")
+            items.append(item)
+    if not items:
+        why = "its files are empty" if files else "no *.jsonl"
+        raise UserError(f"{folder} holds no items of {task.title} ({why}); get it from: {task.source}")
+    return items
+
+
+def _item(task: Task, file: str, row: dict[str, Any], counts: dict[str, int]) -> Item:
+    fields = {"file": file, **row}
+    if task.name == "blimp" and "UID" not in row:
+        fields["UID"] = file
+    if task.options is not None:
+        options = row[task.options]
+        texts = tuple(options.split(task.separator) if task.separator else options)
+        prefixes = (task.prefix.format_map(fields),) * len(texts)
+    else:
+        prefixes = tuple(candidate.prefix.format_map(fields) for candidate in task.candidates)
+        texts = tuple(candidate.text.format_map(fields) for candidate in task.candidates)
+    uid = task.uid.format_map(fields)
+    index = counts[uid] = counts.get(uid, -1) + 1
+    groups = {}
+    for heading, name in task.groups.items():
+        value = row.get(name, task.group_default)
+        if value is not None:
+            groups[heading] = {"syntax_semantics": "syntax/semantics"}.get(value, value)  # BLiMP spells it both ways
+    return Item(uid, f"{uid}_{index}", prefixes, texts, None if task.score == "spearman" else int(row[task.gold]) if task.gold else 0,
+                float(row["ratio"]) if task.score == "spearman" else None, groups, file)

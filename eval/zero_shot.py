@@ -1,0 +1,317 @@
+"""Zero-shot scores of a model, or of all milestones of a run, on the official evaluation sets.
+
+    python -m eval.zero_shot models/GPT2-Small-BabyLM-CE --data evaluation_data
+    python -m eval.zero_shot models/A models/B --milestones --tasks blimp supplement --output results
+    python -m eval.zero_shot --check_data --data evaluation_data
+
+reads   model folders (any that transformers loads) and the evaluation data; sets that are not there are skipped with a line.
+writes  results/<model>/<revision>/zero_shot/<backend>/<task>/<set>/: predictions.json and a report in the official formats,
+        items.jsonl with every candidate's log-probability; beside them summary.json, which a table is printed from.
+
+An interrupted evaluation continues where it stopped; what is scored already is not scored again (`--fresh` does).
+Time: the fast sets without reading times take about 40 s for a 3M model on one CPU core.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from babylm import models
+from babylm.config import UserError
+from babylm.run_folder import run_stage, write_json
+from custom_dataset import file_sha256, tokenizer_fingerprint
+from eval import reading, reports
+from eval.scorer import BATCH_TOKENS, Request, Scorer
+from eval.tasks import Item, Task, choose_tasks, find_sets, load_tasks, read_items
+
+BACKENDS = ("causal", "mlm", "mntp")
+MILESTONE = re.compile(r"chck_(\d+)([KM])$")
+
+
+# ---- From items to requests -----------------------------------------------------------------------------------------
+
+
+def completion_tokens(tokenizer: PreTrainedTokenizerFast, prefix: str, text: str) -> tuple[tuple[int, ...], list[int]]:
+    """(ids of the whole, positions of the tokens that end inside `text`); special tokens end nowhere."""
+    encoded = tokenizer(prefix + text, return_offsets_mapping=True)
+    return tuple(encoded.input_ids), [place for place, (_, end) in enumerate(encoded.offset_mapping) if end > len(prefix)]
+
+
+def requests_of(item: Item, tokenizer: PreTrainedTokenizerFast, backend: str) -> list[list[Request]]:
+    """What to ask for each candidate of an item: one request (causal), or one per scored token, which is masked."""
+    found = []
+    for prefix, text in zip(item.prefixes, item.texts, strict=True):
+        ids, scored = completion_tokens(tokenizer, prefix, text)
+        if backend == "causal":  # without a start token nothing predicts the first word: officially it is then not scored
+            found.append([Request(ids, tuple((place - 1, ids[place]) for place in scored if place), item.id)])
+        else:
+            shift = 1 if backend == "mntp" else 0  # trained to predict the masked token one position earlier
+            found.append([Request((*ids[:place], tokenizer.mask_token_id, *ids[place + 1:]), ((place - shift, ids[place]),), item.id)
+                          for place in scored if place >= shift])
+    return found
+
+
+# ---- Answers, kept as they come -------------------------------------------------------------------------------------
+
+
+class Kept:
+    """Log-probabilities of a set's requests in a file beside the results, so that an interrupted evaluation goes on with the rest.
+
+    The file's first line says what the numbers are of; another model, data or option starts anew.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self.path, self.identity, self.found = path, identity, {}
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        if lines and _parsed(lines[0]) == identity:
+            for row in filter(None, map(_parsed, lines[1:])):  # the last line may be half written
+                self.found[row[0]] = row[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.stream = path.open("w", encoding="utf-8")
+        self.stream.write(json.dumps(identity) + "\n")
+        for number, value in self.found.items():
+            self.add(number, value)
+
+    def add(self, number: int, value: float) -> None:
+        self.found[number] = value
+        self.stream.write(json.dumps([number, value]) + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def remove(self) -> None:
+        self.stream.close()
+        self.path.unlink()
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def answer(scorer: Scorer, requests: Sequence[Request], kept: Kept, title: str) -> np.ndarray:
+    """[requests]: the sum of each request's log-probabilities, in nats."""
+    open_ = [number for number in range(len(requests)) if number not in kept.found]
+    with tqdm(total=1, desc=title, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        def done(tokens: int, total: int) -> None:
+            bar.total = total
+            bar.update(tokens - bar.n)
+            kept.flush()
+
+        for place, values in scorer.logprobs([requests[number] for number in open_], done):
+            kept.add(open_[place], float(values.sum()))
+    return np.array([kept.found[number] for number in range(len(requests))])
+
+
+# ---- One set ----------------------------------------------------------------------------------------------------------
+
+
+def score_set(task: Task, data: Path, folder: Path, scorer: Scorer, tokenizer: PreTrainedTokenizerFast, backend: str,
+              identity: dict[str, Any]) -> dict[str, Any]:
+    """Score one set, write its files into `folder`, and return its summary."""
+    kept = Kept(folder / "progress.jsonl", identity)
+    if task.score == "reading":
+        if backend != "causal":
+            raise UserError(f"{task.title}: surprisal needs a causal model, not {backend}")
+        rows = reading.read_rows(data / "reading_data.csv")
+        asked = reading.requests(rows, tokenizer)
+        values = answer(scorer, [request for _, _, request in asked], kept, task.title)
+        found = reports.write_reading(folder, rows, reading.surprisals(rows, asked, values))
+    else:
+        items = read_items(task, data)
+        asked = [requests_of(item, tokenizer, backend) for item in items]
+        flat = [request for candidates in asked for requests in candidates for request in requests]
+        values, place, scores = answer(scorer, flat, kept, f"{task.title} ({data.name})"), 0, []
+        for candidates in asked:
+            mine = []
+            for requests in candidates:
+                total, tokens = values[place: place + len(requests)].sum(), sum(len(request.targets) for request in requests)
+                mine.append(total / max(1, tokens) if task.normalise else total)
+                place += len(requests)
+            scores.append(mine)
+        rows = reports.answers(items, scores)
+        found = reports.summary(task, items, rows)
+        reports.write_set(folder, task, items, rows, found)
+    kept.remove()
+    return found
+
+
+# ---- One model ------------------------------------------------------------------------------------------------------
+
+
+def load_model(path: Path, backend: str, untrained: bool) -> PreTrainedModel:
+    """The model of a folder, or one of the same config with fresh weights (seed 0); fp32, eval mode, on a GPU if there is one."""
+    kind = AutoModelForCausalLM if backend == "causal" else AutoModelForMaskedLM
+    if untrained:
+        torch.manual_seed(0)
+        model = kind.from_config(AutoConfig.from_pretrained(path, trust_remote_code=True), trust_remote_code=True).float()
+    elif backend == "causal":
+        model = models.load_causal_lm(str(path))
+    else:
+        try:
+            model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load {path} as a masked model: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def revisions(folder: Path, milestones: bool, revision: str | None) -> dict[str, Path]:
+    """{revision: folder} to score: `main`, one milestone, or all milestones and main in the order of their words.
+
+    Raises:
+        UserError: not a model folder, a revision that is not there (a name that is ignored would score main under it), or a
+            dot in the name (the official pipeline files results under what stands before it).
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model folder (no config.json): is the run finished? Milestones lie in its chck_* folders")
+    if "." in folder.resolve().name:
+        raise UserError(f"{folder}: results are filed under the name before a dot, as the official pipeline does: rename the folder")
+    if revision and revision != "main":
+        if not (folder / revision / "config.json").is_file():
+            there = sorted(path.name for path in folder.glob("chck_*"))
+            raise UserError(f"{folder} has no revision {revision}" + (f"; it has {', '.join(there)}" if there else ""))
+        return {revision: folder / revision}
+    found = {}
+    if milestones:
+        names = [(int(match[1]) * (1000 if match[2] == "M" else 1), path) for path in folder.glob("chck_*")
+                 if (match := MILESTONE.match(path.name)) and (path / "config.json").is_file()]
+        found = {path.name: path for _, path in sorted(names)}
+    return {**found, "main": folder}
+
+
+def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], backend: str, options: dict[str, Any],
+                untrained: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """Score one checkpoint on some sets. Returns ({set: summary}, problems); a set with bad data costs the others nothing."""
+    summary_file = output / "zero_shot" / backend / "summary.json"
+    known = json.loads(summary_file.read_text(encoding="utf-8"))["tasks"] if summary_file.is_file() and not options["fresh"] else {}
+    tokenizer = models.load_tokenizer(path)
+    weights = "untrained" if untrained else models.weights_fingerprint(str(path))
+    scorer, problems, found = None, [], {}
+    for task, data in sets:
+        files = sorted(file for file in data.iterdir() if file.suffix in (".jsonl", ".csv"))
+        identity = {"weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer), "data": [file_sha256(file)[:16] for file in files],
+                    "task": task.model_dump(exclude={"title", "source"}), "bf16": options["bf16"]}
+        if known.get(data.name, {}).get("identity") == identity:
+            found[data.name] = known[data.name]
+            continue
+        if scorer is None:
+            _warn_about(tokenizer, backend, path)
+            scorer = Scorer(load_model(path, backend, untrained), masked=backend != "causal", batch_tokens=options["batch_tokens"],
+                            bf16=options["bf16"])
+        folder = output / "zero_shot" / backend / (task.folder if task.score == "reading" else f"{task.folder}/{data.name}")
+        try:
+            found[data.name] = {**score_set(task, data, folder, scorer, tokenizer, backend, identity), "identity": identity}
+        except UserError as error:
+            problems.append(f"{path.name}, {data.name}: {error}")
+            print(f"error: {problems[-1]}", file=sys.stderr, flush=True)
+            continue
+        write_json(summary_file, {"model": output.parent.name, "revision": output.name, "backend": backend, "tasks": {**known, **found}})
+        entry = found[data.name]
+        ties = f", {100 * entry['ties']:.1f} % ties" if entry["ties"] else ""
+        print(f"{output.parent.name} {output.name}  {data.name}: {entry['score']:.2f} ± {entry['se']:.2f} ({entry['n']:,} items{ties})",
+              flush=True)
+        if entry["ties"] > 0.5:
+            problems.append(f"{path.name}, {data.name}: {100 * entry['ties']:.0f} % of the answers are ties, which count as right "
+                            "officially: this model answers the same for everything")
+            print(f"error: {problems[-1]}", file=sys.stderr, flush=True)
+    return found, problems
+
+
+def _warn_about(tokenizer: PreTrainedTokenizerFast, backend: str, path: Path) -> None:
+    if backend == "causal" and tokenizer("a").input_ids == tokenizer("a", add_special_tokens=False).input_ids:
+        print(f"warning: the tokenizer of {path} prepends no start token: the first word of a text is never scored", flush=True)
+    if backend != "causal" and tokenizer.mask_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no mask token, which the backend {backend} needs; use the backend causal")
+
+
+# ---- The data -------------------------------------------------------------------------------------------------------
+
+
+def check_data(tasks: Sequence[Task], data: Path) -> list[str]:
+    """Count and read every item of every set; print a line each; return what is wrong with those that are there."""
+    problems = []
+    for task in tasks:
+        folders = find_sets(task, data)
+        if not folders:
+            print(f"{task.title}: none of {', '.join(task.sets)} in {data}; get it from: {task.source}")
+        for folder in folders:
+            try:
+                count = len(reading.read_rows(folder / "reading_data.csv") if task.score == "reading" else read_items(task, folder))
+                print(f"{task.title}: {folder}, {count:,} items")
+            except (UserError, FileNotFoundError) as error:
+                problems.append(str(error))
+                print(f"{task.title}: {error}")
+    return problems
+
+
+def chosen_sets(tasks: Sequence[Task], data: Path) -> list[tuple[Task, Path]]:
+    """(task, folder) of every set that is there; a line for each task without any. UserError if there is none at all."""
+    if not data.is_dir():
+        raise UserError(f"no evaluation data at {data}: give --data, a folder that holds blimp_filtered/ or blimp_fast/ and so on")
+    found = [(task, folder) for task in tasks for folder in find_sets(task, data)]
+    for task in tasks:
+        if not find_sets(task, data):
+            print(f"skipped: {task.title}, none of {', '.join(task.sets)} is in {data} (from: {task.source})", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, metavar="models/NAME", help="model folders")
+    parser.add_argument("--backend", choices=BACKENDS, default="causal")
+    parser.add_argument("--data", type=Path, default=Path("evaluation_data"), help="folder of the sets (default: evaluation_data)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of tasks.yaml (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="where results go (default: results)")
+    parser.add_argument("--milestones", action="store_true", help="also every chck_* of each model")
+    parser.add_argument("--revision", help="one milestone, such as chck_1M, instead of the final model")
+    parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
+                        help="also an untrained model of the same config (default: yes)")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster in hardware that has it, scores change a little")
+    parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help=f"tokens per forward pass (default: {BATCH_TOKENS})")
+    parser.add_argument("--check_data", action="store_true", help="count and verify the data, score nothing")
+    parser.add_argument("--fresh", action="store_true", help="score again what is scored already")
+    args = parser.parse_args()
+    tasks = load_tasks()
+    chosen = choose_tasks(args.tasks, tasks)
+    if args.check_data:
+        if check_data(chosen, args.data):
+            sys.exit(1)
+        return
+    if not args.models:
+        raise UserError("give at least one model folder")
+    jobs = {folder: revisions(folder, args.milestones, args.revision) for folder in args.models}  # names first: no score is made in vain
+    sets = chosen_sets(chosen, args.data)
+    options = {"bf16": args.bf16, "batch_tokens": args.batch_tokens, "fresh": args.fresh}
+    columns: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for folder, found in jobs.items():
+        name = folder.resolve().name
+        todo: list[tuple[str, Path, bool]] = [(revision, path, False) for revision, path in found.items()]
+        if args.untrained:
+            todo.append(("untrained", folder, True))
+        for revision, path, untrained in todo:
+            scored, wrong = score_model(path, args.output / name / revision, sets, args.backend, options, untrained)
+            problems += wrong
+            if revision in ("main", "untrained", args.revision):
+                columns[name if revision == "main" else f"{name} {revision}"] = scored
+    if any(columns.values()):
+        print("\n" + reports.table(columns, tasks))
+        print(reports.baseline_rows([task.name for task, _ in sets]))
+    if problems:
+        print(f"\n{len(problems)} problem(s):\n" + "\n".join(problems), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_stage(main)
