@@ -103,6 +103,8 @@ def _parsed(line: str) -> Any:
 def answer(scorer: Scorer, requests: Sequence[Request], kept: Kept, title: str) -> np.ndarray:
     """[requests]: the sum of each request's log-probabilities, in nats."""
     open_ = [number for number in range(len(requests)) if number not in kept.found]
+    if len(open_) < len(requests):
+        print(f"{title}: {len(requests) - len(open_):,} of {len(requests):,} texts were scored before; going on", flush=True)
     with tqdm(total=1, desc=title, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         def done(tokens: int, total: int) -> None:
             bar.total = total

@@ -1,0 +1,439 @@
+"""eval/zero_shot.py and what it is made of: the official scores, files that others can read, and everything that could fool one."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from babylm import models
+from babylm.config import UserError
+from eval import reading, reports
+from eval.tasks import Item, choose_tasks, find_sets, load_tasks, read_items
+from eval.zero_shot import completion_tokens, requests_of, revisions
+
+ROOT = Path(models.__file__).parents[1]
+TASKS = load_tasks()
+WORDS = ["the", "cat", "dog", "sees", "a", "bird", "old", "small", "child", "reads", "book", "in", "house", "and", "runs", "away", "with"]
+
+
+def sentence(random, size):
+    return " ".join(random.choice(WORDS, size)).capitalize() + "."
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder with a little of every task, in the official formats."""
+    folder, random = tmp_path_factory.mktemp("evaluation_data"), np.random.default_rng(0)
+
+    def write(name, rows):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    for uid, field in (("agreement_1", "morphology"), ("islands", "syntax_semantics")):
+        write(f"fast_eval/blimp_fast/{uid}.jsonl", [{"sentence_good": sentence(random, 5), "sentence_bad": sentence(random, 5), "UID": uid,
+                                                     "field": field, "linguistics_term": "any"} for _ in range(6)])
+    write("fast_eval/supplement_fast/turn_taking.jsonl", [{"sentence_good": f"A: {sentence(random, 3)}\nB: {sentence(random, 3)}",
+                                                           "sentence_bad": sentence(random, 6)} for _ in range(5)])
+    write("fast_eval/ewok_fast/ewok.jsonl", [{"Domain": domain, "ContextType": "direct", "Context1": sentence(random, 6), "Context2": "",
+                                              "Target1": sentence(random, 3), "Target2": sentence(random, 3)}
+                                             for domain in ("social", "spatial") for _ in range(4)])
+    write("fast_eval/entity_tracking_fast/regular.jsonl", [
+        {"numops": number % 2, "input_prefix": f"Box 0 contains the {random.choice(WORDS)}. Box 0 contains ",
+         "options": [f"the {word}." for word in random.choice(WORDS, 5, replace=False)]} for number in range(8)])
+    write("full_eval/comps/comps_base.jsonl", [{"property_phrase": "runs away", "prefix_acceptable": f"The {random.choice(WORDS)}",
+                                                "prefix_unacceptable": f"An old {random.choice(WORDS)}"} for _ in range(6)])
+    for name in ("wug_past_tense", "wug_adj_nominalization"):
+        write(f"fast_eval/{name}/{name}.jsonl", [{"sentences": "\t".join(sentence(random, 4) for _ in range(2)),
+                                                  "ratio": float(random.random())} for _ in range(9)])
+    columns = ["item", "word", "prev_item", "prev_word", "Subtlex_log10", "length", "context_length", "prev_length",
+               *reading.EYE_TRACKING, reading.SELF_PACED]
+    lines = [",".join(columns)]
+    for number in range(60):
+        words = sentence(random, 6).split()
+        place = number % 5
+        texts = [" ".join(words[:place]) if place else "", words[place], " ".join(words[: place - 1]) if place > 1 else "",
+                 words[place - 1] if place > 1 else ""]
+        lines.append(",".join([*texts, *(f"{value:.3f}" for value in random.random(len(columns) - 4))]))
+    path = folder / "fast_eval/reading/reading_data.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def model(teachers, tmp_path):
+    """A copy of a small causal checkpoint that a test may spoil."""
+    return Path(shutil.copytree(teachers("gpt2")[0], tmp_path / "tiny"))
+
+
+@pytest.fixture
+def score(in_process, data, tmp_path, capsys):
+    """score(model, ...options) -> (exit code, stdout, stderr); results go to tmp_path/results."""
+
+    def run(*args, data=data):
+        code = 0
+        try:
+            in_process("eval.zero_shot", *args, "--data", data, "--output", tmp_path / "results", as_script=True)
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def read(folder, name="summary.json"):
+    return json.loads((folder / name).read_text())
+
+
+# ---- The official scores ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, backend, sets", [
+    ("tiny-gpt2", "causal", ["supplement", "wug_past", "wug_adj", "reading"]), ("tinybert", "mlm", ["supplement"]),
+    ("tinybert", "mntp", ["supplement"])])
+def test_predictions_and_printed_scores_are_the_official_ones(shared, name, backend, sets, tmp_path, in_process):
+    """On these sets here; on BLiMP and entity tracking, which take longer, a part of the items."""
+    golden = shared / "data/golden"
+    in_process("eval.zero_shot", golden / name, "--backend", backend, "--data", shared / "data/eval_fast", "--tasks", *sets,
+               "--output", tmp_path, "--no-untrained")
+    ours, official = (root / name / "main/zero_shot" / backend for root in (tmp_path, golden / "official"))
+    compared = 0
+    for file in sorted(official.rglob("predictions.json")):
+        mine = ours / file.relative_to(official)
+        if not mine.exists():
+            continue
+        compared += 1
+        theirs, found = json.loads(file.read_text()), json.loads(mine.read_text())
+        assert list(theirs) == sorted(theirs, key=list(theirs).index) and set(theirs) == set(found)
+        for uid in theirs:
+            for one, other in zip(theirs[uid]["predictions"], found[uid]["predictions"], strict=True):
+                assert one["id"] == other["id"] and list(one) == list(other)
+                assert one["pred"] == (pytest.approx(other["pred"], abs=1e-4) if uid == "reading" else other["pred"])
+                for key in ("prob", "prev_pred"):
+                    assert one.get(key) == pytest.approx(other.get(key), abs=1e-4, nan_ok=True)
+        report = "report.txt" if file.parent.name == "reading" else "best_temperature_report.txt"
+        assert sorted(file.with_name(report).read_text().split("\n")) == sorted(mine.with_name(report).read_text().split("\n"))
+    assert compared == len(sets)
+
+
+@pytest.mark.parametrize("folder, wanted, part", [("blimp_fast", "blimp", slice(0, None, 9)),
+                                                  ("entity_tracking_fast", "entity_tracking", slice(0, 240))])
+def test_a_part_of_blimp_and_entity_tracking_is_answered_as_officially(shared, folder, wanted, part):
+    golden = shared / "data/golden"
+    tokenizer, scored = models.load_tokenizer(golden / "tiny-gpt2"), models.load_causal_lm(str(golden / "tiny-gpt2")).eval()
+    items = read_items(TASKS[wanted], shared / "data/eval_fast" / folder)[part]
+    official = read(golden / "official/tiny-gpt2/main/zero_shot/causal" / wanted / folder, "predictions.json")
+    from eval.scorer import Scorer
+
+    asked = [requests_of(item, tokenizer, "causal") for item in items]
+    values = dict(Scorer(scored).logprobs([request for item in asked for (request,) in item]))
+    totals = iter([values[number].sum() for number in range(len(values))])
+    for item in items:
+        mine = [next(totals) for _ in item.texts]
+        pred = official[item.uid]["predictions"][int(item.id.rsplit("_", 1)[1])]["pred"]
+        assert item.names[int(np.argmax(mine))] == pred or np.ptp(sorted(mine)[-2:]) < 1e-4
+
+
+# ---- Files and tables -------------------------------------------------------------------------------------------------
+
+
+def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(model, score, tmp_path):
+    here = {path.name for path in model.iterdir()}
+    code, out, err = score(model)
+    assert (code, err) == (0, ""), out
+    folder = tmp_path / "results/tiny/main/zero_shot/causal"
+    for name in ("blimp/blimp_fast", "blimp/supplement_fast", "ewok/ewok_fast", "entity_tracking/entity_tracking_fast", "comps/comps",
+                 "wug_past/wug_past_tense", "wug_adj/wug_adj_nominalization"):
+        assert {path.name for path in (folder / name).iterdir()} == {"predictions.json", "best_temperature_report.txt", "items.jsonl"}
+    assert {path.name for path in (folder / "reading").iterdir()} == {"predictions.json", "report.txt", "items.jsonl"}
+    summary = read(folder)
+    assert (summary["model"], summary["revision"], summary["backend"]) == ("tiny", "main", "causal")
+    assert len(summary["tasks"]) == 8
+    assert all(entry["n"] and np.isfinite(entry["score"]) and entry["se"] >= 0 for entry in summary["tasks"].values())
+    assert set(summary["tasks"]["blimp_fast"]["by"]) == {"FIELD", "LINGUISTICS_TERM", "UID"}
+    assert set(summary["tasks"]["blimp_fast"]["by"]["FIELD"]) == {"morphology", "syntax/semantics"}
+    assert set(summary["tasks"]["entity_tracking_fast"]["by"]["UID"]) == {"regular_0_ops", "regular_1_ops", "regular"}
+    assert read(tmp_path / "results/tiny/untrained/zero_shot/causal")["tasks"].keys() == summary["tasks"].keys()
+    assert "| set | items | tiny | tiny untrained | chance |" in out and "| entity_tracking_fast | 8 |" in out
+    assert "2025 strict-small GPT-2 (official): blimp 67.29" in out
+    assert "skipped: GlobalPIQA (parallel)" in out
+    assert {path.name for path in model.iterdir()} == here, "nothing is written into the checkpoint's folder"
+    prediction = read(folder / "comps/comps", "predictions.json")["comps_base"]["predictions"][0]
+    assert prediction["id"] == "comps_base_0" and prediction["pred"].endswith("runs away") and prediction["pred"] != "runs away"
+    target = read(folder / "ewok/ewok_fast", "predictions.json")["social"]["predictions"][0]["pred"]
+    assert target == target.strip()
+
+
+def test_candidates_are_what_the_tokens_after_the_prefix_say(model, data):
+    """Summed by hand from the model's own softmax."""
+    tokenizer, lm = models.load_tokenizer(model), models.load_causal_lm(str(model)).eval()
+    item = read_items(TASKS["ewok"], data / "fast_eval/ewok_fast")[0]
+    assert item.texts[0].startswith(" ") and not item.prefixes[0].endswith(" ")
+    for prefix, text, (request,) in zip(item.prefixes, item.texts, requests_of(item, tokenizer, "causal"), strict=True):
+        before, whole = len(tokenizer(prefix).input_ids), tokenizer(prefix + text).input_ids
+        assert whole[0] == tokenizer.bos_token_id and [place + 1 for place, _ in request.targets] == list(range(before, len(whole)))
+        assert [token for _, token in request.targets] == whole[before:]
+    ids, scored = completion_tokens(tokenizer, "", "The cat.")
+    assert scored == list(range(1, len(ids))), "all but the start token"
+    with torch.no_grad():
+        lm(input_ids=torch.tensor([ids]))
+
+
+def test_a_masked_token_is_asked_for_in_its_place_or_one_earlier(shared):
+    tokenizer = models.load_tokenizer(shared / "data/golden/tinybert")
+    item = Item("u", "u_0", ("", ""), ("The cat runs.", "A cat."), 0, None)
+    (ids, scored), found = completion_tokens(tokenizer, "", "The cat runs."), requests_of(item, tokenizer, "mlm")[0]
+    assert len(found) == len(scored)
+    for request, place in zip(found, scored, strict=True):
+        assert request.ids[place] == tokenizer.mask_token_id and request.targets == ((place, ids[place]),)
+        assert request.ids[:place] + request.ids[place + 1:] == ids[:place] + ids[place + 1:]
+    early = requests_of(item, tokenizer, "mntp")[0]
+    assert [request.targets[0] for request in early] == [(place - 1, ids[place]) for place in scored if place]
+
+
+def test_accuracy_is_the_mean_over_uids_and_for_entity_tracking_over_splits():
+    def one(uid, hit, split="s"):
+        return Item(uid, "x", ("", ""), ("a", "b"), 0, None, {}, split), {"pred": 0 if hit else 1, "gold": 0, "correct": hit}
+
+    pairs = [one("u", True), one("u", True), one("u", False), one("v", False)]
+    items, rows = zip(*pairs, strict=True)
+    score, error = reports.accuracy(TASKS["blimp"], items, rows)
+    assert score == pytest.approx(100 * (2 / 3 + 0) / 2) and error == pytest.approx(100 * np.sqrt(2 / 9 / 3) / 2)
+    pairs = [one("a_0_ops", True, "a"), one("a_1_ops", False, "a"), one("b_0_ops", True, "b")]
+    items, rows = zip(*pairs, strict=True)
+    assert reports.accuracy(TASKS["entity_tracking"], items, rows)[0] == pytest.approx(100 * (0.5 + 1) / 2)
+    assert reports.accuracy(TASKS["blimp"], items, rows)[0] == pytest.approx(100 * 2 / 3)
+
+
+def test_spearman_shares_ranks_among_equals():
+    assert reports.spearman(np.array([1.0, 2, 2, 4]), np.array([1.0, 3, 2, 4])) == pytest.approx(0.9486833)
+    assert reports.spearman(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1)
+    assert np.isnan(reports.spearman(np.ones(4), np.arange(4.0)))
+
+
+def test_surprisal_explains_what_it_was_made_of():
+    random = np.random.default_rng(0)
+    surprisal, noise = random.random(400), random.random(400)
+    measured = (*reading.EYE_TRACKING, reading.SELF_PACED)
+    rows = [{**{name: str(random.random()) for name in (*reading.CONTROLS, "prev_length")},
+             **{name: str(surprisal[number] + 0.001 * noise[number]) for name in measured}} for number in range(400)]
+    found = reading.scores(rows, surprisal, random.random(400))
+    assert found["eye_tracking"] > 99.9 and found["self_paced"] > 99.9
+    chance = reading.scores(rows, random.random(400), random.random(400))
+    assert 0 <= chance["eye_tracking"] < 2
+
+
+# ---- What could fool one -----------------------------------------------------------------------------------------------
+
+
+def spoil(model, change):
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_model_that_answers_nan_gets_no_score(model, score, tmp_path):
+    spoil(model, lambda weights: weights["transformer.ln_f.bias"].fill_(float("nan")))
+    code, out, err = score(model, "--tasks", "blimp", "supplement", "--no-untrained")
+    assert code == 1 and err.count("a model that answers NaN or infinity") >= 2
+    assert re.search("nan as a log-probability in (islands|agreement_1)_", err)
+    assert not (tmp_path / "results/tiny/main/zero_shot/causal/blimp/blimp_fast/predictions.json").exists()
+
+
+def test_a_model_that_answers_the_same_for_everything_is_called_that(model, score, tmp_path):
+    def same(weights):
+        for value in weights.values():
+            value.zero_()
+
+    spoil(model, same)
+    data = tmp_path / "pairs/blimp_fast"
+    data.mkdir(parents=True)
+    rows = [{"sentence_good": "the cat sees the dog", "sentence_bad": "the dog sees the cat", "UID": "u", "field": "f",
+             "linguistics_term": "t"}] * 3
+    (data / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = score(model, "--tasks", "blimp", "--no-untrained", data=tmp_path / "pairs")
+    summary = read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]["blimp_fast"]
+    assert (summary["score"], summary["strict"], summary["ties"]) == (100, 0, 1), "officially a tie is right"
+    assert code == 1 and "100 % of the answers are ties" in err and "100.0 % ties: 0.00 without" in out
+
+
+def test_every_milestone_has_its_own_scores_and_a_name_that_is_not_there_is_refused(model, score, tmp_path, teachers):
+    for name in ("chck_2M", "chck_900K", "chck_10M"):
+        shutil.copytree(teachers("gpt2")[0], model / name)
+        spoil(model / name, lambda weights, name=name: weights["transformer.wte.weight"].mul_(len(name)))
+    code, out, err = score(model, "--milestones", "--tasks", "blimp", "ewok", "--no-untrained")
+    assert code == 0, err
+    assert re.findall(r"tiny (\S+)  blimp_fast", out) == ["chck_900K", "chck_2M", "chck_10M", "main"], "in the order of their words"
+    found = [read(tmp_path / "results/tiny" / name / "zero_shot/causal/ewok/ewok_fast", "predictions.json") for name in ("chck_2M", "main")]
+    lines = [(tmp_path / "results/tiny" / name / "zero_shot/causal/ewok/ewok_fast/items.jsonl").read_text() for name in ("chck_2M", "main")]
+    assert lines[0] != lines[1] and found
+    code, _, err = score(model, "--revision", "chck_3M")
+    assert code == 1 and "has no revision chck_3M; it has chck_10M, chck_2M, chck_900K" in err
+    assert list(revisions(model, False, "chck_2M")) == ["chck_2M"]
+
+
+def test_a_dot_in_the_name_and_a_folder_that_is_no_model_are_refused_before_anything_is_scored(model, score, tmp_path):
+    dotted = model.rename(model.with_name("tiny-0.5"))
+    code, out, err = score(dotted)
+    assert code == 1 and "rename the folder" in err and not (tmp_path / "results").exists()
+    code, _, err = score(tmp_path / "nothing")
+    assert code == 1 and "is no model folder" in err
+
+
+def test_a_tokenizer_without_a_start_token_is_warned_about_and_scored_as_officially(model, score):
+    settings = json.loads((model / "tokenizer.json").read_text())
+    settings["post_processor"] = None
+    (model / "tokenizer.json").write_text(json.dumps(settings))
+    code, out, _ = score(model, "--tasks", "blimp", "--no-untrained")
+    assert code == 0 and "prepends no start token: the first word of a text is never scored" in out
+
+
+def test_half_precision_checkpoints_are_scored_in_full(model, score, tmp_path):
+    spoil(model, lambda weights: [weights.__setitem__(name, value.half()) for name, value in list(weights.items())])
+    code, _, err = score(model, "--tasks", "blimp", "--no-untrained")
+    assert code == 0, err
+    folder = tmp_path / "results/tiny/main/zero_shot/causal/blimp/blimp_fast"
+    rows = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    lm, tokenizer = models.load_causal_lm(str(model)).eval(), models.load_tokenizer(model)
+    assert lm.dtype == torch.float32
+    text = read(folder, "predictions.json")["agreement_1"]["predictions"][0]["pred"]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logs = lm(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    assert max(rows[0]["scores"]) == pytest.approx(float(logs), abs=1e-4)
+
+
+def test_an_over_long_item_is_named_and_costs_the_other_tasks_nothing(model, score, tmp_path):
+    data = tmp_path / "long"
+    for name, size in (("supplement_fast", 90), ("blimp_fast", 3)):
+        (data / name).mkdir(parents=True)
+        row = {"sentence_good": "the cat " * size, "sentence_bad": "the dog.", "UID": "u", "field": "f", "linguistics_term": "t"}
+        (data / name / "u.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, err = score(model, "--no-untrained", data=data)
+    assert code == 1 and re.search(r"u_0 has \d+ tokens, but the model has 64 positions", err) and "blimp_fast: " in out
+    assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"blimp_fast"}
+
+
+# ---- Bad data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"sentence_good": "A.", "sentence_bad": "B.", "UID": "u"}\n{"sentence_go', r"u.jsonl, line 2: not JSON \(cut short\?\)"),
+    ('[1, 2]\n', "u.jsonl, line 1: not a JSON object"),
+    ('{"sentence_good": "A.", "UID": "u"}\n', "u.jsonl, line 1: a row of BLiMP needs the field 'sentence_bad'; it has sentence_good, UID"),
+    ("", "holds no items of BLiMP"),
+])
+def test_bad_files_are_named_with_their_line_and_other_tasks_are_kept(model, score, tmp_path, text, message, data):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(data / "fast_eval", mixed)
+    (mixed / "blimp_fast/islands.jsonl").unlink()
+    (mixed / "blimp_fast/agreement_1.jsonl").unlink()
+    (mixed / "blimp_fast/u.jsonl").write_text(text)
+    code, out, err = score(model, "--no-untrained", "--tasks", "blimp", "supplement", data=mixed)
+    assert code == 1 and re.search(message, err), err
+    assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"supplement_fast"}
+    code, out, err = score("--check_data", "--tasks", "blimp", "supplement", data=mixed)
+    assert code == 1 and re.search(message, out) and "supplement_fast, 5 items" in out
+
+
+def test_check_data_counts_what_is_there_and_says_where_to_get_the_rest(score, data):
+    code, out, _ = score("--check_data")
+    assert code == 0 and f"BLiMP: {data / 'fast_eval/blimp_fast'}, 12 items" in out and "reading times" in out and ", 60 items" in out
+    assert "GlobalPIQA (parallel): none of" in out and "https://huggingface.co" in out
+
+
+def test_sets_that_are_absent_are_skipped_and_unknown_tasks_refused(model, score, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, out, _ = score(model, data=tmp_path / "empty")
+    assert code == 0 and out.count("skipped: ") == len(TASKS)
+    code, _, err = score(model, "--tasks", "blimp", "glimp")
+    assert code == 1 and "no such task: glimp; tasks.yaml has blimp, supplement" in err
+    code, _, err = score(model, data=tmp_path / "nowhere")
+    assert code == 1 and "no evaluation data at" in err
+
+
+def test_reading_times_of_another_file_are_refused(model, score, tmp_path):
+    (tmp_path / "r/reading").mkdir(parents=True)
+    (tmp_path / "r/reading/reading_data.csv").write_text("item,word\na,b\n")
+    code, _, err = score(model, "--tasks", "reading", "--no-untrained", data=tmp_path / "r")
+    assert code == 1 and "lacks the columns RTfirstfix" in err
+
+
+def test_tasks_are_data(tmp_path):
+    text = (ROOT / "eval/tasks.yaml").read_text()
+    assert list(load_tasks()) == [task.name for task in choose_tasks(None, TASKS)]
+    (tmp_path / "tasks.yaml").write_text(text.replace("chance: 20.0", "chanse: 20.0"))
+    with pytest.raises(UserError, match="tasks.yaml: chan"):
+        load_tasks(tmp_path / "tasks.yaml")
+    (tmp_path / "tasks.yaml").write_text("mine:\n  title: Mine\n  sets: [mine]\n  folder: mine\n  uid: '{file}'\n  chance: 50\n"
+                                         "  candidates: [{text: '{good}'}, {text: '{bad}'}]\n  source: me\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/x.jsonl").write_text('{"good": "a", "bad": "b"}\n')
+    (task,) = load_tasks(tmp_path / "tasks.yaml").values()
+    assert [item.texts for item in read_items(task, find_sets(task, tmp_path)[0])] == [("a", "b")]
+
+
+# ---- Continuing -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_scored_is_not_scored_again_unless_the_model_or_the_data_changed(model, score, tmp_path, data):
+    score(model, "--tasks", "blimp", "supplement", "--no-untrained")
+    code, out, _ = score(model, "--tasks", "blimp", "supplement", "--no-untrained")
+    assert code == 0 and "tiny main" not in out and "| blimp_fast | 12 |" in out
+    spoil(model, lambda weights: weights["transformer.ln_f.weight"].mul_(-1))
+    _, out, _ = score(model, "--tasks", "blimp", "--no-untrained")
+    assert "tiny main  blimp_fast" in out
+    _, out, _ = score(model, "--tasks", "blimp", "--no-untrained", "--fresh")
+    assert "tiny main  blimp_fast" in out
+
+
+def test_a_killed_evaluation_goes_on_with_the_texts_that_are_left(model, data, tmp_path):
+    """A real process, killed while it scores, then run again: the same files as in one go."""
+    many = tmp_path / "many/blimp_fast"
+    many.mkdir(parents=True)
+    random = np.random.default_rng(1)
+    for uid in range(40):
+        rows = [{"sentence_good": sentence(random, 20), "sentence_bad": sentence(random, 20), "UID": f"u{uid}", "field": "f",
+                 "linguistics_term": "t"} for _ in range(60)]
+        (many / f"u{uid}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "eval.zero_shot", model, "--data", many.parent, "--no-untrained", "--batch_tokens", "256"]
+    progress = tmp_path / "cut/tiny/main/zero_shot/causal/blimp/blimp_fast/progress.jsonl"
+    child = subprocess.Popen([*command, "--output", tmp_path / "cut"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while child.poll() is None and (not progress.exists() or progress.read_text().count("\n") < 60):
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL and not progress.with_name("predictions.json").exists()
+    with progress.open("a") as stream:
+        stream.write("[17, -3")  # half a line
+    kept = len({json.loads(line)[0] for line in progress.read_text().split("\n")[1:-1]})
+    again = subprocess.run([*command, "--output", tmp_path / "cut"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = re.search(r"BLiMP \(blimp_fast\): ([\d,]+) of 4,800 texts were scored before", again.stdout)
+    assert said and kept - 1 <= int(said[1].replace(",", "")) <= kept + 1 and not progress.exists()
+    subprocess.run([*command, "--output", tmp_path / "whole"], cwd=ROOT, capture_output=True, check=True)
+    for name in ("predictions.json", "best_temperature_report.txt"):
+        cut, whole = ((tmp_path / which / "tiny/main/zero_shot/causal/blimp/blimp_fast" / name).read_text() for which in ("cut", "whole"))
+        assert cut == whole, name
+
+
+def test_the_official_scripts_usage(model, data, tmp_path):
+    script = ROOT / "eval/eval_zero_shot.sh"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (tmp_path / "small/wug_past_tense").mkdir(parents=True)
+    shutil.copy(data / "fast_eval/wug_past_tense/wug_past_tense.jsonl", tmp_path / "small/wug_past_tense")
+    done = subprocess.run(["bash", script, "tiny", "causal", "small"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results/tiny/main/zero_shot/causal/wug_past/wug_past_tense/best_temperature_report.txt").exists()
+    done = subprocess.run(["bash", script, "tiny"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: eval/eval_zero_shot.sh <model path>" in done.stderr
