@@ -143,7 +143,7 @@ class Scorer:
                 if not missing[number]:
                     if not np.isfinite(values[number]).all():
                         raise UserError(f"the model gives {values[number].min()} as a log-probability in "
-                                        f"{requests[number].about or 'a text'}: nothing can be scored with a model that answers NaN or infinity")
+                                        f"{requests[number].about or 'a text'}: a model that answers NaN or infinity cannot be scored")
                     yield number, values[number]
             tokens += sum(len(row.ids) for row in batch)
             done(tokens, total)

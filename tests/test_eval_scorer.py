@@ -163,7 +163,7 @@ def test_a_model_that_answers_nan_is_refused(value):
     model = built()
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = value
-    with pytest.raises(UserError, match="a model that answers NaN or infinity"):
+    with pytest.raises(UserError, match="a model that answers NaN or infinity cannot"):
         list(Scorer(model, trees=True).logprobs(texts(3)))
 
 
