@@ -89,8 +89,8 @@ def test_moep(quick):
     assert [(row["part"], row["way"]) for row in result["rows"]] == [
         (part, way) for part in ("body", "whole") for way in ("plain loop", "... one-call GELU", "loop", "grouped", "dense", "GPT-2")]
     rows = {row["way"]: row for row in result["rows"] if row["part"] == "body"}
-    assert [rows[way]["host_reads"] for way in ("plain loop", "loop", "grouped", "dense")] == [8, 4, 0, 0]
-    assert all(2 * rows[way]["operations"] <= rows["plain loop"]["operations"] for way in ("loop", "grouped", "dense"))
+    assert [rows[way]["host_reads"] for way in ("plain loop", "loop", "grouped", "dense")] == [8, 4 + 2, 2, 0]  # 2: how many queries
+    assert rows["dense"]["operations"] < rows["grouped"]["operations"] < rows["loop"]["operations"] < rows["plain loop"]["operations"]
     assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in result["rows"])
     assert "fastest expert path here" in said
 
