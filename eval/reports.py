@@ -169,6 +169,18 @@ def table(columns: dict[str, dict[str, dict[str, Any]]], tasks: dict[str, Task])
     return "\n".join(lines)
 
 
+def phenomena(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A line per set and model with the percentages of its groups (fields, terms, domains); those of uids are in the reports."""
+    lines = []
+    for name in dict.fromkeys(name for found in columns.values() for name in found):
+        for model, found in columns.items():
+            for heading, values in found.get(name, {}).get("by", {}).items():
+                if 1 < len(values) <= 20:
+                    lines.append(f"{name}, {model}, by {heading.lower().replace('_', ' ')}: "
+                                 + ", ".join(f"{key} {value:.1f}" for key, value in values.items()))
+    return "\n".join(lines)
+
+
 def baseline_rows(names: Sequence[str]) -> str:
     """Published scores of the tasks of these names, as lines."""
     lines = []

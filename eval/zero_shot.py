@@ -134,19 +134,43 @@ def score_set(task: Task, data: Path, folder: Path, scorer: Scorer, tokenizer: P
         items = read_items(task, data)
         asked = [requests_of(item, tokenizer, backend) for item in items]
         flat = [request for candidates in asked for requests in candidates for request in requests]
-        values, place, scores = answer(scorer, flat, kept, f"{task.title} ({data.name})"), 0, []
-        for candidates in asked:
-            mine = []
-            for requests in candidates:
-                total, tokens = values[place: place + len(requests)].sum(), sum(len(request.targets) for request in requests)
-                mine.append(total / max(1, tokens) if task.normalise else total)
-                place += len(requests)
-            scores.append(mine)
+        scores = candidate_scores(task, asked, answer(scorer, flat, kept, f"{task.title} ({data.name})"))
         rows = reports.answers(items, scores)
         found = reports.summary(task, items, rows)
+        if scorer.bf16:
+            found["bf16"] = effect_of_bf16(task, items, asked, scores, scorer)
         reports.write_set(folder, task, items, rows, found)
     kept.remove()
     return found
+
+
+def candidate_scores(task: Task, asked: Sequence[list[list[Request]]], values: np.ndarray) -> list[list[float]]:
+    """For each item the score of each candidate, in nats (per token where the task says so), from the requests' log-probabilities."""
+    place, scores = 0, []
+    for candidates in asked:
+        mine = []
+        for requests in candidates:
+            tokens = sum(len(request.targets) for request in requests)
+            mine.append(float(values[place: place + len(requests)].sum()) / (max(1, tokens) if task.normalise else 1))
+            place += len(requests)
+        scores.append(mine)
+    return scores
+
+
+def effect_of_bf16(task: Task, items: Sequence[Item], asked: Sequence[list[list[Request]]], scores: Sequence[list[float]], scorer: Scorer,
+                   ) -> dict[str, Any]:
+    """What bfloat16 changes, on up to 500 items drawn with a seed: predictions that fp32 makes otherwise, and the largest
+    difference of a candidate's score in nats."""
+    chosen = sorted(np.random.default_rng(0).choice(len(items), size=min(500, len(items)), replace=False).tolist())
+    some = [asked[number] for number in chosen]
+    full = Scorer(scorer.model, masked=scorer.masked, trees=scorer.trees, batch_tokens=scorer.batch_tokens)
+    flat = [request for candidates in some for requests in candidates for request in requests]
+    values = dict(full.logprobs(flat))
+    exact = candidate_scores(task, some, np.array([values[number].sum() for number in range(len(flat))]))
+    pairs = [(one, scores[number]) for number, one in zip(chosen, exact, strict=True)]
+    changed = sum(int(np.argmax(one) != np.argmax(other)) for one, other in pairs)
+    largest = max(float(np.abs(np.subtract(one, other)).max()) for one, other in pairs)
+    return {"items": len(chosen), "changed": changed, "largest_nats": largest}
 
 
 # ---- One model ------------------------------------------------------------------------------------------------------
@@ -223,6 +247,10 @@ def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], bac
         ties = f", {100 * entry['ties']:.1f} % ties" if entry["ties"] else ""
         print(f"{output.parent.name} {output.name}  {data.name}: {entry['score']:.2f} ± {entry['se']:.2f} ({entry['n']:,} items{ties})",
               flush=True)
+        if "bf16" in entry:
+            effect = entry["bf16"]
+            print(f"  bf16: {effect['changed']} of {effect['items']} predictions are others than in fp32; scores differ by up to "
+                  f"{effect['largest_nats']:.2f} nats", flush=True)
         if entry["ties"] > 0.5:
             problems.append(f"{path.name}, {data.name}: {100 * entry['ties']:.0f} % of the answers are ties, which count as right "
                             "officially: this model answers the same for everything")
@@ -309,6 +337,7 @@ def main() -> None:
                 columns[name if revision == "main" else f"{name} {revision}"] = scored
     if any(columns.values()):
         print("\n" + reports.table(columns, tasks))
+        print(reports.phenomena(columns))
         print(reports.baseline_rows([task.name for task, _ in sets]))
     if problems:
         print(f"\n{len(problems)} problem(s):\n" + "\n".join(problems), file=sys.stderr)

@@ -325,6 +325,16 @@ def test_an_over_long_item_is_named_and_costs_the_other_tasks_nothing(model, sco
     assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"blimp_fast"}
 
 
+def test_bf16_says_what_it_changes(model, score, tmp_path):
+    code, out, err = score(model, "--tasks", "blimp", "--no-untrained", "--bf16")
+    assert code == 0, err
+    assert re.search(r"bf16: \d of 12 predictions are others than in fp32; scores differ by up to 0\.\d+ nats", out)
+    assert read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]["blimp_fast"]["bf16"]["largest_nats"] > 0
+    _, out, _ = score(model, "--tasks", "blimp", "--no-untrained")
+    assert "tiny main  blimp_fast" in out and "bf16" not in out, "another option is another score"
+    assert "blimp_fast, tiny, by field: morphology " in out
+
+
 # ---- Bad data ---------------------------------------------------------------------------------------------------------
 
 
