@@ -1,5 +1,6 @@
 """Every command of the README runs, on models and texts that are small enough for a test."""
 
+import json
 import os
 import re
 import shutil
@@ -42,6 +43,14 @@ def project(tmp_path_factory):
     shutil.copytree(folder / "data/demo-s9/raw", folder / "dev")
     for file in (folder / "dev").glob("*.train"):
         file.rename(file.with_suffix(".dev"))
+    shutil.copytree(folder / "data/demo-s9/corpus/pairs", folder / "evaluation_data/full_eval/blimp_filtered")
+    for part in ("train", "valid"):
+        rows = [{"sentence1": "The cat runs.", "sentence2": "A dog sees it.", "label": number % 2, "idx": number} for number in range(40)]
+        (folder / "glue_filtered").mkdir(exist_ok=True)
+        (folder / f"glue_filtered/rte.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("baseline", "student"):  # what eval.compare reads
+        done_too = run(folder, ["python", "-m", "eval.zero_shot", f"models/demo-s9/{name}", "--data", "evaluation_data", "--no-untrained"])
+        assert done_too.returncode == 0, done_too.stdout + done_too.stderr
     return folder, done.stdout
 
 
@@ -67,6 +76,7 @@ def small(command: str) -> list[str]:
     stand_ins = {"models/A": "teacher", "models/B": "student", "models/5-gram": "5-gram", "models/GPT2-Small-BabyLM-CE": "baseline",
                  "models/GPT2-Small-Distilled": "student"}
     words = [f"models/demo-s9/{stand_ins[word]}" if word in stand_ins else word for word in words]
+    words = [f"results/{stand_ins[word.replace('results', 'models')]}" if word.startswith("results/") else word for word in words]
     if "babylm.scoring" in text:
         words = ["data/demo-s9/corpus" if word == "corpus_split" else word for word in words]
     if "cpu_study.sh" in text:
@@ -96,6 +106,9 @@ def test_readme_command_runs(project, command):
         assert done.returncode == 1 and "could not download" in done.stderr
         return
     done = run(folder, small(command))
+    if "eval.finetune" in command:  # nothing can be learnt from these rows: it has to say so
+        assert done.returncode == 1 and "every one of the 40 predictions is" in done.stderr + done.stdout, done.stdout + done.stderr
+        return
     assert done.returncode == 0, f"{' '.join(small(command))}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
