@@ -1,6 +1,9 @@
 """The zero-shot tasks: what tasks.yaml says of each, which sets of them lie in a data folder, and their items."""
 
 import json
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from babylm.config import UserError
+from babylm.run_folder import folder_written_whole, is_whole
 
 TASKS_FILE = Path(__file__).with_name("tasks.yaml")
 
@@ -96,9 +100,41 @@ def choose_tasks(names: list[str] | None, tasks: dict[str, Task]) -> list[Task]:
     return [task for name, task in tasks.items() if not names or name in names]
 
 
+def open_data(path: Path) -> Path:
+    """The folder of the evaluation data; a packed download (.zip, .tar.gz) is unpacked beside itself, once.
+
+    Raises:
+        UserError: there is nothing, or an archive that is damaged, has a password, or is of another kind.
+    """
+    if path.is_dir():
+        return path
+    if not path.is_file():
+        raise UserError(f"no evaluation data at {path}: give --data, a folder that holds blimp_filtered/ or blimp_fast/ and so on, or the "
+                        "packed download")
+    folder = path.with_name(f"{path.name}.unpacked")
+    if not is_whole(folder):
+        print(f"unpacking {path} into {folder}", flush=True)
+        with folder_written_whole(folder) as target:
+            try:
+                if zipfile.is_zipfile(path):
+                    with zipfile.ZipFile(path) as archive:
+                        archive.extractall(target)
+                else:
+                    with tarfile.open(path) as archive:
+                        archive.extractall(target, filter="data")
+            except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                raise UserError(f"{path} is no whole .zip or .tar.gz ({error}): fetch it again") from None
+            except RuntimeError as error:  # what zipfile raises for want of a password
+                raise UserError(f"{path}: {error}; unpack it yourself and give the folder") from None
+    return folder
+
+
 def find_sets(task: Task, data: Path) -> list[Path]:
-    """The folders of a task's sets that exist under a data path, or under its fast_eval/ or full_eval/."""
-    places = (data, data / "full_eval", data / "fast_eval")
+    """The folders of a task's sets that exist under a data path, or under its fast_eval/ or full_eval/, or in these of the one
+    folder that an archive holds."""
+    inner = [path for path in data.iterdir() if path.is_dir()]
+    roots = [data, *inner] if len(inner) == 1 else [data]
+    places = [place for root in roots for place in (root, root / "full_eval", root / "fast_eval")]
     return [place / name for name in task.sets for place in places if (place / name).is_dir()]
 
 

@@ -31,7 +31,7 @@ from babylm.run_folder import run_stage, write_json
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from eval import reading, reports
 from eval.scorer import BATCH_TOKENS, Request, Scorer
-from eval.tasks import Item, Task, choose_tasks, find_sets, load_tasks, read_items
+from eval.tasks import Item, Task, choose_tasks, find_sets, load_tasks, open_data, read_items
 
 BACKENDS = ("causal", "mlm", "mntp")
 MILESTONE = re.compile(r"chck_(\d+)([KM])$")
@@ -286,9 +286,7 @@ def check_data(tasks: Sequence[Task], data: Path) -> list[str]:
 
 
 def chosen_sets(tasks: Sequence[Task], data: Path) -> list[tuple[Task, Path]]:
-    """(task, folder) of every set that is there; a line for each task without any. UserError if there is none at all."""
-    if not data.is_dir():
-        raise UserError(f"no evaluation data at {data}: give --data, a folder that holds blimp_filtered/ or blimp_fast/ and so on")
+    """(task, folder) of every set that is there; a line for each task without any."""
     found = [(task, folder) for task in tasks for folder in find_sets(task, data)]
     for task in tasks:
         if not find_sets(task, data):
@@ -300,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, metavar="models/NAME", help="model folders")
     parser.add_argument("--backend", choices=BACKENDS, default="causal")
-    parser.add_argument("--data", type=Path, default=Path("evaluation_data"), help="folder of the sets (default: evaluation_data)")
+    parser.add_argument("--data", type=Path, default=Path("evaluation_data"), help="folder or archive of the sets")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of tasks.yaml (default: all)")
     parser.add_argument("--output", type=Path, default=Path("results"), help="where results go (default: results)")
     parser.add_argument("--milestones", action="store_true", help="also every chck_* of each model")
@@ -315,13 +313,13 @@ def main() -> None:
     tasks = load_tasks()
     chosen = choose_tasks(args.tasks, tasks)
     if args.check_data:
-        if check_data(chosen, args.data):
+        if check_data(chosen, open_data(args.data)):
             sys.exit(1)
         return
     if not args.models:
         raise UserError("give at least one model folder")
     jobs = {folder: revisions(folder, args.milestones, args.revision) for folder in args.models}  # names first: no score is made in vain
-    sets = chosen_sets(chosen, args.data)
+    sets = chosen_sets(chosen, open_data(args.data))
     options = {"bf16": args.bf16, "batch_tokens": args.batch_tokens, "fresh": args.fresh}
     columns: dict[str, dict[str, Any]] = {}
     problems: list[str] = []

@@ -373,6 +373,21 @@ def test_sets_that_are_absent_are_skipped_and_unknown_tasks_refused(model, score
     assert code == 1 and "no evaluation data at" in err
 
 
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_a_packed_download_is_unpacked_once(score, tmp_path, data, kind):
+    (tmp_path / "packed").mkdir()
+    shutil.copytree(data, tmp_path / "packed/evaluation_data")
+    archive = Path(shutil.make_archive(tmp_path / "download", kind, tmp_path / "packed"))
+    code, out, _ = score("--check_data", data=archive)
+    assert code == 0 and "unpacking" in out and "blimp_fast, 12 items" in out and "comps, 6 items" in out
+    code, out, _ = score("--check_data", data=archive)
+    assert code == 0 and "unpacking" not in out and "blimp_fast, 12 items" in out
+    broken = archive.with_name(f"broken{archive.suffix}")
+    broken.write_bytes(archive.read_bytes()[: len(archive.read_bytes()) // 2])
+    code, _, err = score("--check_data", data=broken)
+    assert code == 1 and "is no whole .zip or .tar.gz" in err and not broken.with_name(f"{broken.name}.unpacked").exists()
+
+
 def test_reading_times_of_another_file_are_refused(model, score, tmp_path):
     (tmp_path / "r/reading").mkdir(parents=True)
     (tmp_path / "r/reading/reading_data.csv").write_text("item,word\na,b\n")
@@ -435,6 +450,16 @@ def test_a_killed_evaluation_goes_on_with_the_texts_that_are_left(model, data, t
     for name in ("predictions.json", "best_temperature_report.txt"):
         cut, whole = ((tmp_path / which / "tiny/main/zero_shot/causal/blimp/blimp_fast" / name).read_text() for which in ("cut", "whole"))
         assert cut == whole, name
+
+
+def test_what_another_model_had_answered_is_not_taken_up(model, score, tmp_path):
+    score(model, "--tasks", "supplement", "--no-untrained")
+    folder = tmp_path / "results/tiny/main/zero_shot/causal/blimp/supplement_fast"
+    right = (folder / "items.jsonl").read_text()
+    identity = {**read(folder.parents[1])["tasks"]["supplement_fast"]["identity"], "weights": "another"}
+    (folder / "progress.jsonl").write_text(json.dumps(identity) + "\n" + "".join(f"[{number}, {-number}]\n" for number in range(10)))
+    _, out, _ = score(model, "--tasks", "supplement", "--no-untrained", "--fresh")
+    assert "were scored before" not in out and (folder / "items.jsonl").read_text() == right
 
 
 def test_the_official_scripts_usage(model, data, tmp_path):
