@@ -68,7 +68,7 @@ def pack(requests: Sequence[Request], row_tokens: int | None = None) -> list[Row
     rows: list[Row] = []
     path: list[int] = []  # nodes of the text before, in the last row
     before: tuple[int, ...] = ()
-    for number in sorted(range(len(requests)), key=texts.__getitem__):
+    for number in sorted((number for number, text in enumerate(texts) if text), key=texts.__getitem__):
         text = texts[number]
         shared = _shared(text, before)
         if not rows or len(rows[-1].ids) + len(text) - shared > max(row_tokens, len(text)):
@@ -124,6 +124,9 @@ class Scorer:
         Raises:
             UserError: a text longer than the model's positions; a log-probability that is not finite.
         """
+        yield from ((number, np.zeros(0)) for number, request in enumerate(requests) if not request.targets)
+        if not any(request.targets for request in requests):
+            return
         for request in requests:
             if self.limit is not None and len(request.ids) > self.limit:
                 raise UserError(f"{request.about or 'a text'} has {len(request.ids)} tokens, but the model has {self.limit} positions: the "
@@ -189,10 +192,13 @@ class Scorer:
         for trees in (True, False):
             probe = Scorer(self.model, trees=trees, bf16=False)
             try:
-                answers.append(np.concatenate([value for _, value in sorted(probe.logprobs(some), key=lambda pair: pair[0])]))
+                found = dict(probe.logprobs(some))
             except ValueError as error:  # code that came with an older checkpoint may know no such masks
+                if not trees:
+                    raise
                 print(f"texts are scored one per row: {error}", flush=True)
                 return False
+            answers.append(np.concatenate([found[number] for number in range(len(some))]))
         worst = float(np.abs(answers[0] - answers[1]).max())
         if worst > 1e-3:
             print(f"texts are scored one per row: packed, their log-probabilities would be off by up to {worst:.1e} nats", flush=True)
@@ -203,6 +209,8 @@ def _separate(requests: Sequence[Request]) -> list[Row]:
     """A row for each text; one for equal ones."""
     found: dict[tuple[int, ...], Row] = {}
     for number, request in enumerate(requests):
+        if not request.targets:
+            continue
         row = found.setdefault(request.ids, Row(list(request.ids)))
         for place, (position, token) in enumerate(request.targets):
             row.queries.setdefault((position, token), []).append((number, place))

@@ -167,5 +167,10 @@ def test_a_model_that_answers_nan_is_refused(value):
         list(Scorer(model, trees=True).logprobs(texts(3)))
 
 
-def test_no_requests_are_no_work():
-    assert list(Scorer(built()).logprobs([])) == []
+@pytest.mark.parametrize("trees", [True, False, None])
+def test_nothing_asked_is_nothing_done(trees):
+    model, requests = built(), texts(5)
+    assert list(Scorer(model, trees=trees).logprobs([])) == []
+    unasked = Request((0, 1, 2), ())
+    assert [(number, value.tolist()) for number, value in Scorer(model, trees=trees).logprobs([unasked, unasked])] == [(0, []), (1, [])]
+    assert_equal(found_by(Scorer(model, trees=trees), [unasked, *requests, unasked]), expected(model, [unasked, *requests, unasked]))
