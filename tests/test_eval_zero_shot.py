@@ -280,7 +280,7 @@ def test_every_milestone_has_its_own_scores_and_a_name_that_is_not_there_is_refu
     assert lines[0] != lines[1] and found
     code, _, err = score(model, "--revision", "chck_3M")
     assert code == 1 and "has no revision chck_3M; it has chck_10M, chck_2M, chck_900K" in err
-    assert list(revisions(model, False, "chck_2M")) == ["chck_2M"]
+    assert revisions(model, False, "chck_2M") == {"chck_2M": model / "chck_2M"} and revisions(model, False, None) == {"main": model}
 
 
 def test_a_dot_in_the_name_and_a_folder_that_is_no_model_are_refused_before_anything_is_scored(model, score, tmp_path):
