@@ -301,6 +301,8 @@ def test_a_tokenizer_without_a_start_token_is_warned_about_and_scored_as_officia
 
 def test_half_precision_checkpoints_are_scored_in_full(model, score, tmp_path):
     spoil(model, lambda weights: [weights.__setitem__(name, value.half()) for name, value in list(weights.items())])
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "dtype": "float16", "torch_dtype": "float16"}))
     code, _, err = score(model, "--tasks", "blimp", "--no-untrained")
     assert code == 0, err
     folder = tmp_path / "results/tiny/main/zero_shot/causal/blimp/blimp_fast"
