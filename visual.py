@@ -1,10 +1,13 @@
 """Stage 7: draw what the runs logged, and compare their scores.
 
-Reads   models/<name>/run/metrics.jsonl, finished.json and, where a model has been scored, scores.json
+Reads   models/<name>/run/metrics.jsonl, finished.json and, where a model has been scored, scores.json;
+        with --results: results/<name>/<revision>/zero_shot/<backend>/summary.json (written by python -m eval.zero_shot)
 Writes  figures/<metric>.png and .svg (column width), overview.png and .svg (page width), and for scored models
         pairs.png/.svg (minimal pairs) and domains.png/.svg (perplexity per domain);
-        experts-<name>.png/.svg (which experts each router chose, by domain) for mixture-of-experts students
+        experts-<name>.png/.svg (which experts each router chose, by domain) for mixture-of-experts students;
+        with --results: scores.png/.svg (a panel per evaluation set, scores over words seen), and a table of the final scores
 Run     python visual.py models/GPT2-Small-BabyLM-CE models/GPT2-Small-Distilled --x words --table
+        python visual.py --results results/GPT2-Small-BabyLM-CE results/GPT2-Small-Distilled
 Expect  a few seconds and under 200 MB, without a GPU; a run that is still training can be drawn as often as you like
 
 Thin light lines are training batches, lines with markers are validation, triangles are milestone checkpoints.  A value
@@ -20,7 +23,20 @@ import statistics
 import sys
 from pathlib import Path
 
-from babylm.figures import curve_figure, domains_plot, experts_plot, load_metrics, number, pairs_plot, points, save, scored, si
+from babylm.figures import (
+    curve_figure,
+    domains_plot,
+    experts_plot,
+    load_metrics,
+    load_results,
+    number,
+    pairs_plot,
+    points,
+    save,
+    scored,
+    scores_figure,
+    si,
+)
 
 DEFAULT = "ce,kl,perplexity,lr"
 SHORT = {"bnc_spoken": "bnc", "childes": "child", "gutenberg": "gutb", "open_subtitles": "subt", "simple_wiki": "wiki",
@@ -99,10 +115,45 @@ def over_seeds(runs) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------- evaluation results
+
+UNITS = {"accuracy": "accuracy (%)", "spearman": "Spearman's rho", "reading": "variance explained (%)"}
+
+
+def draw_results(folders, models, output, width) -> int:
+    """Draw and tabulate results/<model> folders; the exit code."""
+    from eval import reports, tasks  # here, because they load torch, which curves of runs do without
+
+    known = tasks.load_tasks()
+    runs = [results for folder in dict.fromkeys(folder.rstrip("/") for folder in folders) for results in load_results(folder, models)]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.folder.parent.name}/{run.name}"
+        for problem in run.problems:
+            print(f"warning: {problem}", file=sys.stderr)
+    figure = scores_figure(runs, {name: (UNITS[task.score], task.chance) for name, task in known.items()}, width)
+    if figure is not None:
+        print("wrote", *save(figure, output / "scores"))
+    columns = {}
+    for run in runs:
+        for revision in filter(None, (run.final, "untrained" if "untrained" in run.tables else None)):
+            columns[run.name if revision == "main" else f"{run.name} {revision}"] = {
+                name: row for name, row in run.tables[revision].items() if row["task"] in known}
+    if not any(columns.values()):
+        print("no scores to show: python -m eval.zero_shot models/NAME --milestones --data <evaluation data> writes them",
+              file=sys.stderr)
+        return 2
+    print("\n" + reports.table(columns, known))
+    return 0
+
+
 def main(argv=None) -> int:
     # ------------------------------------------------------------ 1. read the command
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="For example: visual.py models/*")
-    parser.add_argument("folders", nargs="+", metavar="models/NAME", help="run folders, drawn in this order")
+    parser.add_argument("folders", nargs="*", metavar="models/NAME", help="run folders, drawn in this order")
+    parser.add_argument("--results", nargs="+", metavar="results/NAME", help="instead of runs: scores over words seen, and a table")
+    parser.add_argument("--models", default="models", help="with --results: folder of the runs, for the words they saw (default: models)")
     parser.add_argument("--x", choices=("steps", "words", "time"), default="words", help="default: words")
     parser.add_argument("--metrics", default=DEFAULT, help=f"comma-separated, any logged name (default: {DEFAULT})")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of the last N training points")
@@ -113,6 +164,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.smooth < 1:
         parser.error("--smooth needs a number of points, 1 or more")
+    if bool(args.folders) == bool(args.results):
+        parser.error("give run folders (models/NAME ...), or --results results/NAME ...")
+    if args.results:
+        return draw_results(args.results, args.models, args.output, 6.8)
     metrics = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
 
     # ------------------------------------------------------------ 2. read the runs

@@ -248,6 +248,20 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time", identity=False)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one", identity=False)
     threads: int | None = key(None, "CPU threads per process; default: torch's own choice", identity=False, ge=1)
+    eval_tasks: list[str] = key(
+        [], "tasks of eval/tasks.yaml, such as blimp, scored at every milestone into metrics.jsonl; the run waits, so choose small sets",
+        identity=False)
+    eval_data: str | None = key(None, "folder of their sets, such as one that holds blimp_fast/", identity=False)
+
+    @model_validator(mode="after")
+    def tasks_need_data(self) -> "TrainingSection":
+        if self.eval_tasks and not self.eval_data:
+            raise ValueError("eval_tasks needs eval_data, the folder that holds the sets")
+        if self.eval_data and not self.eval_tasks:
+            raise ValueError("eval_data is given but no eval_tasks: name some, such as [blimp], or remove eval_data")
+        if len(set(self.eval_tasks)) < len(self.eval_tasks):
+            raise ValueError("eval_tasks names a task twice")
+        return self
 
     @model_validator(mode="after")
     def one_budget(self) -> "TrainingSection":

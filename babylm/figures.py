@@ -5,6 +5,7 @@ Figures are made without pyplot, inside `style()`.  A run's place in the list gi
 import json
 import math
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS, DASHES = "os^DvPX<", ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 GREY, KINDS, SCALES = "#666666", ("train", "validation"), ("linear", "log")
 SMALL = {"fontsize": 6, "color": GREY, "textcoords": "offset points"}
+UNTRAINED, CHANCE = {"linewidth": 0.9, "linestyle": (0, (4, 2))}, {"linewidth": 0.9, "linestyle": (0, (1, 1.5))}
 FLAG = {"linestyle": "", "marker": "v", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.7}
 LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate",
           "hidden": "distance of hidden states", "contrastive": "contrastive term (nats/token)",
@@ -140,7 +142,8 @@ def _legends(fig, shown, used=()):
     columns = int((fig.get_figwidth() - 0.1) / (0.42 + 0.054 * max(len(run.label) for _, run in shown))) or 1
     fig.set_figheight(fig.get_figheight() + 0.13 * (math.ceil(len(lines) / columns) - 2))
     fig.legend(handles=lines, loc="outside upper left", ncols=columns, columnspacing=1.2, labelspacing=0.25)
-    kinds = {"train": {"linewidth": 0.6}, "validation": look(0), "milestone": {"markeredgecolor": GREY, **FLAG}}
+    kinds = {"train": {"linewidth": 0.6}, "validation": look(0), "milestone": {"markeredgecolor": GREY, **FLAG},
+             "untrained": UNTRAINED, "chance": CHANCE}
     keys = [Line2D([], [], label=kind, **{**how, "color": GREY}) for kind, how in kinds.items() if kind in used]
     if keys:
         fig.legend(handles=keys, loc="outside lower center", ncols=3, columnspacing=1.4)
@@ -300,4 +303,139 @@ def experts_plot(run, width=6.8):
     fig.suptitle(f"{run.label}: share of a router's choices", fontsize=7, x=0.01, ha="left")
     bar = fig.colorbar(image, ax=panels, shrink=0.9, pad=0.01, ticks=[0, even, largest])
     bar.ax.set_yticklabels(["0", f"{even:.0%} even", f"{largest:.0%}"], fontsize=6)
+    return fig
+
+
+# ---- Evaluation results ---------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Results:
+    """What results/<model> holds for one backend. `tables`: {revision: {set: its entry of summary.json}}, as they come."""
+
+    folder: Path
+    name: str
+    tables: dict[str, dict[str, dict]] = field(default_factory=dict)
+    words: dict[str, float] = field(default_factory=dict)      # of each revision that can be placed, ascending
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return " " * self.name.startswith("_") + self.name
+
+    @property
+    def final(self) -> str | None:
+        """The revision that stands for the model: main, or the last milestone where main is not scored."""
+        return "main" if "main" in self.tables else next(reversed(self.words), None)
+
+    def curve(self, name) -> np.ndarray:
+        """[points, 3]: words seen, score and its standard error of one set, in the order of words."""
+        found = [(self.words[revision], table[name]) for revision, table in self.tables.items() if revision in self.words and name in table]
+        return np.array(sorted((words, number(row["score"]), number(row["se"])) for words, row in found)).reshape(-1, 3)
+
+
+def milestone_words(name) -> int | None:
+    """chck_100K -> 100_000, chck_1M -> 1_000_000; None for main, untrained and names that are no milestone."""
+    match = re.fullmatch(r"chck_(\d+)([KM]?)", name)
+    return int(match[1]) * {"": 1, "K": 1000, "M": 1_000_000}[match[2]] if match else None
+
+
+def load_results(folder, models="models") -> list[Results]:
+    """Read results/<model>: every revision's summary.json; one Results per backend.
+
+    The final model's words are those of <models>/<model>/run/finished.json; without it, those of the last milestone.
+    """
+    folder, found, problems = Path(os.path.abspath(folder)), {}, []
+    files = sorted(folder.glob("*/zero_shot/*/summary.json"))
+    for revision in sorted(folder.glob("*/")):
+        known = revision.name in ("main", "untrained") or milestone_words(revision.name)
+        if known and not any(revision in file.parents for file in files):
+            problems.append(f"{revision} holds no zero_shot/<backend>/summary.json: not scored to the end of one set yet, not drawn")
+    for file in files:
+        revision, backend = file.parents[2].name, file.parent.name
+        table = (_table(file.read_bytes().decode("utf-8", errors="replace")) or {}).get("tasks")
+        if not isinstance(table, dict):
+            problems.append(f"{file}: not a whole summary of scores (cut short?), not drawn: score this revision again")
+            continue
+        results = found.setdefault(backend, Results(folder, folder.name if backend == "causal" else f"{folder.name} ({backend})"))
+        whole = {name: row for name, row in table.items() if isinstance(row, dict) and {"task", "score", "se", "n", "ties"} <= row.keys()
+                 and math.isfinite(number(row["score"]))}
+        problems += [f"{file}: {name} has no finite score, or lacks one of task, score, se, n, ties: not drawn"
+                     for name in table if name not in whole]
+        results.tables[revision] = whole
+    finished = Path(models, folder.name, "run", "finished.json")
+    for results in found.values():
+        placed = {revision: words for revision in results.tables if (words := milestone_words(revision))}
+        last = max(placed.values(), default=None)
+        if "main" in results.tables:
+            seen = number((_table(finished.read_text(encoding="utf-8", errors="replace")) or {}).get("words_seen")
+                          if finished.is_file() else None)
+            if math.isnan(seen):
+                problems.append(f"{finished} does not say how many words {folder.name} has seen: its final score is drawn "
+                                + ("at its last milestone" if last else "nowhere; give the folder of its run with --models"))
+            # The milestone of the last step is the final model by another name; its words are the mark that this step passed.
+            if not math.isnan(seen) or last:
+                end = last if math.isnan(seen) else seen
+                placed = {**{revision: words for revision, words in placed.items() if abs(words - end) > 0.005 * end}, "main": end}
+        results.words = dict(sorted(placed.items(), key=lambda pair: pair[1]))
+        sets = {name for table in results.tables.values() for name in table}
+        for name in sorted(sets):
+            if gaps := [revision for revision, table in results.tables.items() if name not in table]:
+                problems.append(f"{results.name}: {name} is not scored at {', '.join(sorted(gaps))}")
+    if not files and not problems:
+        problems.append(f"{folder} holds no scores" if folder.is_dir() else f"{folder}: no such folder")
+    several = list(found.values()) or [Results(folder, folder.name)]
+    several[0].problems = problems
+    return several
+
+
+@style()
+def scores_figure(runs, tasks, width=6.8):
+    """A panel per evaluation set: score over words seen with a band of one standard error to each side, untrained score and chance.
+
+    Args:
+        runs: Results, drawn in this order.
+        tasks: {task: (unit of its score, chance)}.
+
+    Returns:
+        The figure; None where no set of any run can be placed on the axis of words.
+    """
+    rows = {name: row for run in runs for table in run.tables.values() for name, row in table.items()}
+    if not (sets := [name for name in rows if any(len(run.curve(name)) for run in runs)]):
+        return None
+    columns = min(3 if width > 5 else 1, len(sets))
+    lines = math.ceil(len(sets) / columns)
+    fig = Figure(figsize=(width if columns > 1 else 3.3, 0.35 + 1.75 * lines), layout="constrained")
+    words = [value for run in runs for name in sets for value in run.curve(name)[:, 0]]
+    low, high, used, before = min(words), max(words), set(), None
+    log_x = bool(high > 20 * low)                 # official milestones: nine of nineteen lie in the first tenth
+    for place, name in enumerate(sets):
+        ax, (unit, chance) = fig.add_subplot(lines, columns, place + 1), tasks.get(rows[name]["task"], ("score", None))
+        ax.set_title(name.replace("_", " "), fontsize=7)
+        ax.set(xscale=SCALES[log_x], xlabel="words seen" if place >= columns * (lines - 1) else "",
+               ylabel=unit if place % columns == 0 or unit != before else "")
+        ax.set_xlim(*((low / 1.25, high * 1.25) if log_x else (-0.02 * high, 1.06 * high)))
+        before = unit
+        floors = [number(run.tables.get("untrained", {}).get(name, {}).get("score")) for run in runs]
+        floors = [(index, floor) for index, floor in enumerate(floors) if math.isfinite(floor)]
+        count = Counter(floor for _, floor in floors)
+        for index, floor in floors:               # grey, unless runs differ: then whose it is must show
+            own = len(count) > 1 and count[floor] == 1
+            ax.axhline(floor, color=COLOURS[index % 7] if own else GREY, zorder=1.7, **UNTRAINED)
+        if chance is not None:
+            ax.axhline(chance, color=GREY, zorder=1.6, **CHANCE)
+        used |= {*(["untrained"] if floors else []), *(["chance"] if chance is not None else [])}
+        for index, run in enumerate(runs):
+            x, y, error = run.curve(name).T
+            if len(x) == 1:                       # a band has no width there
+                ax.errorbar(x, y, error, color=COLOURS[index % 7], linewidth=0.8, capsize=1.5)
+            else:
+                ax.fill_between(x, y - error, y + error, color=COLOURS[index % 7], alpha=0.16, linewidth=0, zorder=2)
+            ax.plot(x, y, **look(index, markersize=2.8, zorder=3))
+        ax.margins(y=0.12)
+        _ticks(ax.xaxis, low if log_x else 0, high, log_x)
+        if high > 50 * low:                       # decades only: 50M and 100M would touch in a panel of this width
+            ax.xaxis.set_major_locator(LogLocator())
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    _legends(fig, [(index, run) for index, run in enumerate(runs) if any(len(run.curve(name)) for name in sets)], used)
     return fig

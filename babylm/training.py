@@ -70,6 +70,7 @@ def open_run(config: RunConfig, stage: str, teachers: Sequence[str] = ()) -> Run
     state = PartialState()
     for teacher in teachers:
         require_finished(teacher, f"{stage}: distillation.teacher")
+    milestone_sets(config)  # mistakes in it are said before anything is written or computed
     data = {"train": TextPart(config.data.corpus, "train").sha256,
             "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256}
     tokenizer = models.load_tokenizer(tokenizer_path(config))
@@ -95,6 +96,17 @@ def open_run(config: RunConfig, stage: str, teachers: Sequence[str] = ()) -> Run
 def tokenizer_path(config: RunConfig) -> str:
     """Folder or hub name of the run's tokenizer: the one named in the config, or the one that stage 1 left."""
     return config.data.tokenizer or str(Path(config.data.corpus) / "tokenizer")
+
+
+def milestone_sets(config: RunConfig) -> list[tuple[Any, Path]]:
+    """(task, folder) of the sets that are scored at every milestone. UserError for what is not there or cannot be read."""
+    if not config.training.eval_tasks:
+        return []
+    # Imported here: eval/ builds on babylm/, which does without it unless a config asks. A function passed in by the stages would
+    # be cleaner on paper, but a stage that forgets to pass it would silently score nothing.
+    from eval import at_milestones
+
+    return at_milestones.open_sets(config.training.eval_tasks, Path(config.training.eval_data))
 
 
 @dataclass
@@ -172,6 +184,10 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     for teacher in distiller.teachers:
         if teacher.model is not None:
             require_positions(f"teacher {teacher.entry.path}", teacher.model, config.data.seq_len)
+    if sets := milestone_sets(config):
+        from eval import at_milestones
+
+        at_milestones.require_fits(sets, data.tokenizer, getattr(distiller.student.config, "max_position_embeddings", None))
     per_device, accumulation = accumulation_steps(config, state.num_processes)
     steps = len(data.train) // config.training.batch_size
     if state.is_main_process:
@@ -180,7 +196,7 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
         distiller.student.gradient_checkpointing_enable()
         distiller.student.enable_input_require_grads()
     distiller.to_device(device)
-    trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop)
+    trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop, sets)
     folder.set_status("running")
     trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
     if trainer.state.global_step < steps:
@@ -226,6 +242,9 @@ def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int,
     if config.model.init == "random" and (untrained := untrained_positions(distiller.student, seq_len)):
         print(f"warning    data.seq_len {seq_len}: the student's positions from {untrained} on stay random, but the official evaluation "
               f"reads up to {EVALUATION_TOKENS} tokens at once")
+    if training.eval_tasks and not milestones_between(config, 0, words):
+        print(f"warning    training.eval_tasks: no milestone within {words:,} words, so nothing will be scored: "
+              "checkpoints.extra_words or every_words makes some")
     if training.warmup_steps >= steps:
         print(f"warning    training.warmup_steps {training.warmup_steps} >= {steps} steps: the peak learning rate is never used")
     print(f"objective  {distiller.describe(seq_len)}")
@@ -257,9 +276,11 @@ class DistillTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller, steps: int, per_device: int,
-                 accumulation: int, stop: StopRequest):
-        self.config, self.folder, self.data, self.stop = config, folder, data, stop
+                 accumulation: int, stop: StopRequest, sets: Sequence[tuple[Any, Path]] = ()):
+        self.config, self.folder, self.data, self.stop, self.sets = config, folder, data, stop, sets
         self.distiller = distiller
+        self.ledger = hub.word_ledger(config, tokenizer_path(config), tokenizer_fingerprint(data.tokenizer),
+                                      [teacher.entry.path for teacher in distiller.teachers])
         self.stopped_by = ""
         self.progress = Progress()
         self._meter: dict[str, torch.Tensor] = {}
@@ -490,7 +511,22 @@ class DistillTrainer(Trainer):
                     self._export(target)
             self.folder.append_metrics({"kind": "milestone", **self._where(), "name": name})
             self._say(f"  milestone {name} at step {step:,} ({now:,} words)")
+        if self.sets and self.folder.main:
+            self._score_milestones(reached)
         self.accelerator.wait_for_everyone()
+
+    def _score_milestones(self, reached: list[str]) -> None:
+        """Score the student on the sets of training.eval_tasks: a row for each milestone that this step reached."""
+        from eval import at_milestones
+
+        began = time.monotonic()
+        found = at_milestones.scores(self.model.student, self.data.tokenizer, self.sets)
+        self._window_began += time.monotonic() - began  # not part of the training speed
+        for name in reached:
+            self.folder.append_metrics({"kind": "scores", **self._where(), "name": name, "tasks": found})
+        self._say("  scores: " + " | ".join(
+            f"{name} {entry['score']:.2f} ± {entry['se']:.2f}" + (f" ({entry['ties']:.1%} ties)" if entry["ties"] else "")
+            for name, entry in found.items()) + f" | {time.monotonic() - began:.1f} s")
 
     def finish(self) -> None:
         """The configured end is reached: the final model goes to the root, then finished.json says so."""
@@ -536,11 +572,8 @@ class DistillTrainer(Trainer):
         validation = next(row for row in reversed(rows) if row["kind"] == "eval" and row["step"] == step)
         seen = self.data.train.words_through(self.state.global_step * self.config.training.batch_size)
         at_step = self.data.train.words_through(step * self.config.training.batch_size)
-        teachers = [teacher.entry.path for teacher in self.distiller.teachers]
-        manifest = TextPart(self.config.data.corpus, "train").manifest
-        ledger = {"corpus_words": self.data.train.store.meta["words"], "words_seen": seen,
-                  "tokenizer_words": manifest["tokenizer"]["trained_on_words"], "generated_words": 0,
-                  "teachers": [{"path": path, "ledger": (read_finished(Path(path)) or {}).get("ledger")} for path in teachers]}
+        before = self.data.train.words_through((self.state.global_step - 1) * self.config.training.batch_size)
+        ledger = {**self.ledger, "words_seen": seen, "words_before_last_step": before}
         kept = (*self.distiller.columns(), "perplexity", "ce_by_domain")
         return {"steps": self.state.global_step, "weights_from_step": step, "words_seen": at_step,
                 "seconds": round(self.seconds(), 1), "parameters": models.count_parameters(self.model.student),

@@ -446,7 +446,7 @@ def test_the_root_holds_the_final_model_and_its_record(one_process, teacher):
     card = (one_process / "README.md").read_text()
     assert f"{finished['words_seen']:,} words seen" in card and "weights of step 24 of 24" in card and f"{finished['ce']:.4f}" in card
     ledger = finished["ledger"]
-    assert ledger["tokenizer_words"] > 0 and ledger["generated_words"] == 0
+    assert ledger["tokenizer"]["sha256"] == ledger["corpus_sha256"] and ledger["generated_words"] == 0
     assert [entry["path"] for entry in ledger["teachers"]] == [str(teacher)]
     assert ledger["teachers"][0]["ledger"]["words_seen"] > 0
     record = json.loads((one_process / "run" / "record.json").read_text())

@@ -292,3 +292,113 @@ def test_a_single_expert_or_router_can_be_drawn(make):
 def test_the_experts_of_runs_with_one_folder_name_are_told_apart(make, out):
     assert visual.main([make("x/moep", [routed()]), make("y/moep", [routed()]), "--metrics", "ce", "--output", str(out)]) == 0
     assert {path.name for path in out.glob("experts*.png")} == {"experts-x-moep.png", "experts-y-moep.png"}
+
+
+# ---- Scores over words seen ---------------------------------------------------------------------------------------------
+
+
+def entry(score, task="blimp", **changes):
+    return {"task": task, "score": score, "se": 1.0, "n": 200, "ties": 0.0, "strict": score, **changes}
+
+
+@pytest.fixture
+def scored_model(tmp_path):
+    """scored_model(name, {revision: {set: entry}}, words=..., backend=...) -> results/<name>; with words, its run is there too."""
+    def build(name, revisions, words=None, backend="causal"):
+        for revision, table in revisions.items():
+            folder = tmp_path / "results" / name / revision / "zero_shot" / backend
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text(json.dumps({"model": name, "revision": revision, "backend": backend, "tasks": table}))
+        if words:
+            record = tmp_path / "models" / name / "run"
+            record.mkdir(parents=True)
+            (record / "finished.json").write_text(json.dumps({"words_seen": words}))
+        return str(tmp_path / "results" / name)
+    return build
+
+
+CURVE = {"chck_100K": {"blimp_fast": entry(52)}, "chck_1M": {"blimp_fast": entry(60)}, "chck_2M": {"blimp_fast": entry(63)},
+         "main": {"blimp_fast": entry(64), "wug_past_tense": entry(0.4, "wug_past", se=0.1)},
+         "untrained": {"blimp_fast": entry(50.5), "wug_past_tense": entry(0.1, "wug_past")}}
+
+
+def draw_results(out, tmp_path, *folders):
+    return visual.main(["--results", *folders, "--models", str(tmp_path / "models"), "--output", str(out)])
+
+
+def test_scores_are_drawn_over_words_and_the_final_ones_printed(scored_model, out, tmp_path):
+    one = scored_model("student", CURVE, words=2_500_000)
+    other = scored_model("baseline", {"main": {"blimp_fast": entry(61)}}, words=2_000_000)
+    done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--results", one, other, "--models", str(tmp_path / "models"),
+                           "--output", str(out)], check=False, cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {"scores.png", "scores.svg"} and has_ink(out / "scores.png")
+    words = set(svg_words(out / "scores.svg"))
+    assert {"student", "baseline", "untrained", "chance", "words seen"} <= words
+    assert {"blimp fast", "wug past tense", "accuracy (%)", "Spearman's rho"} <= words
+    assert "| blimp_fast | 200 | 64.00 ± 1.00 | 50.50 ± 1.00 | 61.00 ± 1.00 | 50 |" in done.stdout
+    assert "| wug_past_tense | 200 | 0.40 ± 0.10 | 0.10 ± 1.00 | - | 0 |" in done.stdout
+
+
+def test_a_curve_is_in_the_order_of_words_and_ends_with_the_final_model(scored_model, tmp_path):
+    revisions = {"chck_10M": {"blimp_fast": entry(3)}, **{name: {"blimp_fast": row["blimp_fast"]} for name, row in CURVE.items()}}
+    (run,) = figures.load_results(scored_model("a", revisions, words=20_000_321), tmp_path / "models")
+    np.testing.assert_allclose(run.curve("blimp_fast"), [[1e5, 52, 1], [1e6, 60, 1], [2e6, 63, 1], [1e7, 3, 1], [20_000_321, 64, 1]])
+    (run,) = figures.load_results(scored_model("b", revisions, words=10_000_321), tmp_path / "models")
+    assert list(run.curve("blimp_fast")[-1]) == [10_000_321, 64, 1] and len(run.curve("blimp_fast")) == 4  # chck_10M is that very model
+    assert run.final == "main" and run.problems == []
+
+
+@pytest.mark.parametrize(("revisions", "at", "said"), [(CURVE, 2e6, "at its last milestone"), ({"main": CURVE["main"]}, None, "--models")])
+def test_unknown_words_of_the_final_model_are_said(scored_model, tmp_path, revisions, at, said):
+    (run,) = figures.load_results(scored_model("a", revisions), tmp_path / "models")
+    assert run.words.get("main") == at and any("finished.json" in problem and said in problem for problem in run.problems)
+    assert len(run.curve("blimp_fast")) == (3 if at else 0)
+
+
+def test_broken_and_missing_results_are_named_and_the_others_drawn(scored_model, out, tmp_path, capsys):
+    folder = Path(scored_model("a", {**CURVE, "chck_3M": {"blimp_fast": entry(math.nan), "comps": {"task": "comps"}}}, words=4_000_000))
+    broken = folder / "chck_1M" / "zero_shot" / "causal" / "summary.json"
+    broken.write_text(broken.read_text()[:60])
+    (folder / "chck_4M").mkdir()
+    assert draw_results(out, tmp_path, str(folder), str(tmp_path / "results" / "gone")) == 0
+    captured = capsys.readouterr()
+    for part in (f"{broken}: not a whole summary", f"{folder / 'chck_4M'} holds no zero_shot", "blimp_fast has no finite score",
+                 "comps has no finite score", "wug_past_tense is not scored at chck_100K, chck_2M, chck_3M", "gone: no such folder"):
+        assert part in captured.err
+    assert "64.00 ± 1.00" in captured.out and has_ink(out / "scores.png")
+    (run,) = figures.load_results(folder, tmp_path / "models")
+    assert list(run.curve("blimp_fast")[:, 0]) == [1e5, 2e6, 4e6]
+
+
+def test_no_scores_at_all_say_what_makes_them(scored_model, out, tmp_path, capsys):
+    assert draw_results(out, tmp_path, scored_model("a", {"main": {}})) == 2
+    assert "python -m eval.zero_shot models/NAME --milestones" in capsys.readouterr().err and not out.exists()
+
+
+def test_two_backends_are_two_curves_and_equal_names_are_told_apart(scored_model, tmp_path, out):
+    scored_model("x/a", CURVE)
+    runs = figures.load_results(scored_model("x/a", {"main": CURVE["main"]}, backend="mlm"), tmp_path / "models")
+    assert {run.name for run in runs} == {"a", "a (mlm)"}
+    assert draw_results(out, tmp_path, str(tmp_path / "results" / "x" / "a"), scored_model("y/a", CURVE)) == 0
+    assert {"x/a", "y/a"} <= set(svg_words(out / "scores.svg"))
+
+
+def test_the_panels_of_all_tasks_do_not_touch(scored_model, tmp_path):
+    sets = {f"set_{number}_with_a_long_name": entry(50 + number) for number in range(8)}
+    revisions = [*(f"chck_{words}M" for words in (1, 2, 3, 5, 10, 20, 50)), "main", "untrained"]
+    folder = scored_model("a", dict.fromkeys(revisions, sets), words=100_000_000)
+    figure = figures.scores_figure(figures.load_results(folder, tmp_path / "models"), {"blimp": ("accuracy (%)", 50.0)})
+    figures.save(figure, tmp_path / "scores")
+    boxes = [ax.get_tightbbox() for ax in figure.axes] + [part.get_window_extent() for part in (*figure.legends, *figure.texts)]
+    assert not any(one.overlaps(two) for place, one in enumerate(boxes) for two in boxes[:place])
+    for ax in figure.axes:
+        labels = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        assert len(labels) > 1 and all(left.x1 + 2 < right.x0 for left, right in zip(labels, labels[1:], strict=False))
+
+
+def test_runs_and_results_are_not_mixed(make, capsys):
+    for arguments in ([], [make("a", rows()), "--results", "results/a"]):
+        with pytest.raises(SystemExit):
+            visual.main(arguments)
+        assert "--results results/NAME" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""The word ledger: which text counts how often, what follows for the tracks of the challenge, and where it is printed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from babylm import hub
+from babylm.hub import accounts, ledger_text, text_in_all, verdict
+from custom_dataset import tokenizer_fingerprint
+
+ROOT = Path(hub.__file__).parent.parent
+MILLION = 1_000_000
+
+
+def ledger(corpus="a", words=9 * MILLION, seen=None, before=None, tokenizer=None, base=None, teachers=(), generated=0):
+    """The ledger of a run: tokenizer trained on the same text, one epoch, unless told otherwise."""
+    seen = words if seen is None else seen
+    return {"corpus_words": words, "corpus_sha256": corpus * 64, "words_seen": seen,
+            "words_before_last_step": seen - 1000 if before is None else before, "generated_words": generated,
+            "tokenizer": tokenizer or {"source": "corpus/tokenizer", "words": words, "sha256": corpus * 64},
+            "base": base and {"path": "models/base", "ledger": base},
+            "teachers": [{"path": f"models/t{number}", "ledger": one} for number, one in enumerate(teachers, 1)]}
+
+
+def outside(path):
+    return {"path": path, "ledger": None}
+
+
+GPT2_TOKENIZER = {"source": "gpt2", "words": None, "sha256": None}
+OLD = {"corpus_words": 9 * MILLION, "words_seen": 9 * MILLION, "tokenizer_words": 9 * MILLION, "generated_words": 0, "teachers": []}
+
+
+@pytest.mark.parametrize(("record", "expected"), [
+    (ledger(), "legal for strict-small"),
+    (ledger(words=95 * MILLION), "legal for strict"),
+    (ledger(words=101 * MILLION), "research only"),
+    (ledger(teachers=[ledger(), ledger()]), "legal for strict-small"),  # taught on the same text: BabyLlama
+    (ledger(teachers=[ledger(corpus="b")]), "legal for strict"),  # 18M words of text
+    (ledger(teachers=[ledger(teachers=[ledger(corpus="b", words=95 * MILLION)])]), "research only"),
+    (ledger(tokenizer={"source": "c/tokenizer", "words": 50 * MILLION, "sha256": "c" * 64}), "legal for strict"),
+    (ledger(tokenizer=GPT2_TOKENIZER), "research only"),
+    (ledger(generated=2 * MILLION), "legal for strict"),
+    ({**ledger(), "teachers": [outside("gpt2-large")]}, "research only"),
+    ({**ledger(), "base": outside("gpt2-large")}, "research only"),
+    (ledger(teachers=[{**ledger(), "base": outside("gpt2-large")}]), "research only"),  # fine-tuned on the corpus, made elsewhere
+    (OLD, "unknown"),
+    (ledger(teachers=[OLD]), "unknown"),
+    (ledger(words=101 * MILLION, teachers=[OLD]), "research only"),  # too much already, whatever the missing record would add
+    (ledger(words=50 * MILLION, teachers=[OLD]), "unknown"),
+])
+def test_verdict(record, expected):
+    decision, reasons = verdict(accounts(record))
+    assert decision == expected
+    assert [track for track, against in reasons.items() if not against] == {
+        "legal for strict-small": ["strict-small", "strict"], "legal for strict": ["strict"]}.get(expected, [])
+
+
+@pytest.mark.parametrize(("record", "reasons"), [
+    ({**ledger(), "teachers": [outside("gpt2-large")]},
+     ["teacher gpt2-large: its training text is unknown, and its distribution brings it into the budget"]),
+    (ledger(teachers=[{**ledger(), "base": outside("gpt2-large")}]),
+     ["base gpt2-large of teacher models/t1: its training text is unknown, and its weights bring it into the budget"]),
+    (ledger(seen=95 * MILLION), ["this model: corpus: 95,000,000 words seen of a text of 9,000,000, more than 10 epochs"]),
+    (ledger(words=11 * MILLION), ["11,000,000 words of text in all, above 10,000,000"]),
+    (ledger(teachers=[ledger(corpus="b")]), ["18,000,000 words of text in all (2 different texts, each in full, even where they overlap)"]),
+    (ledger(teachers=[OLD]), ["teacher models/t1: its record does not say corpus_sha256, words_before_last_step, tokenizer, base"]),
+])
+def test_reasons_name_what_and_how_much(record, reasons):
+    found = verdict(accounts(record))[1]["strict-small"]
+    assert len(found) == len(reasons) and all(reason in one for one, reason in zip(found, reasons, strict=True)), found
+
+
+def test_the_step_that_reaches_ten_epochs_is_allowed_and_the_one_after_it_is_not():
+    at = {"words": 10 * MILLION, "seen": 100 * MILLION + 2000}
+    assert verdict(accounts(ledger(**at, before=100 * MILLION - 1)))[0] == "legal for strict-small"
+    decision, reasons = verdict(accounts(ledger(**at, before=100 * MILLION)))
+    assert decision == "research only" and "more than 10 epochs" in reasons["strict"][0]
+    assert "100,002,000 words seen, above 100,000,000" in reasons["strict-small"][1]
+
+
+def test_words_that_the_base_has_seen_are_repeats_and_those_of_a_teacher_are_not():
+    again = ledger(seen=50 * MILLION, base=ledger(seen=50 * MILLION))
+    assert "100,000,000 words seen of a text of 9,000,000" in verdict(accounts(again))[1]["strict"][0]
+    taught = ledger(seen=50 * MILLION, teachers=[ledger(seen=50 * MILLION), ledger(seen=50 * MILLION)])
+    assert verdict(accounts(taught))[0] == "legal for strict-small"
+    base_of_teacher = ledger(seen=50 * MILLION, teachers=[ledger(base=ledger(seen=50 * MILLION))])
+    assert sum(row.seen for row in accounts(base_of_teacher)) == 50 * MILLION
+
+
+def test_equal_texts_count_once_and_others_add_up():
+    assert text_in_all(accounts(ledger(teachers=[ledger(), ledger(corpus="b", words=MILLION)], generated=500))) == 10 * MILLION + 500
+
+
+def test_the_table_says_what_is_unknown_and_never_a_number_for_it():
+    shown = ledger_text({**ledger(), "teachers": [outside("gpt2-large")]})
+    assert "| teacher gpt2-large | unknown | - | - |" in shown and "at least 9,000,000" in shown
+    assert "| this model: corpus | 9,000,000 | 9,000,000 | aaaaaaaa |" in shown and "Verdict: **research only**" in shown
+    assert "- not shown to be legal for strict: teacher gpt2-large" in shown
+    assert "not shown" not in ledger_text(ledger())
+
+
+# ---- From real runs -----------------------------------------------------------------------------------------------------
+
+
+KEYS = {"model": {"layers": 1, "width": 16, "heads": 2, "max_positions": 32}, "training": {"steps": 3, "batch_size": 4, "warmup_steps": 1},
+        "logging": {"logging_steps": 3, "eval_steps": 3}, "checkpoints": {"extra_words": [50]}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, write_yaml, in_process, small):
+    """run("train_student", "name", "key=value", ...) -> (folder, ledger) of a run of three steps on the folder `small`."""
+    home = tmp_path_factory.mktemp("ledger")
+    config = write_yaml(home / "run.yaml", {"output": str(home / "models"), **KEYS,
+                                            "data": {"corpus": str(small), "seq_len": 16, "eval_blocks": 4}})
+
+    def train(script, name, *overrides):
+        in_process(script, "--config", config, f"name={name}", *overrides)
+        return home / "models" / name, json.loads((home / "models" / name / "run" / "finished.json").read_text())["ledger"]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def student(run):
+    teacher, _ = run("train_teacher", "teacher")
+    return run("train_student", "student", f"distillation.teacher={teacher}", "distillation.alpha=0.5")
+
+
+def test_a_real_run_follows_its_teacher_and_its_tokenizer_to_their_texts(student, corpus, small):
+    folder, record = student
+    words = {path.name: json.loads((path / "manifest.json").read_text())["parts"]["train"] for path in (corpus, small)}
+    rows = accounts(record)
+    assert [row.what.split(":")[0] for row in rows] == ["this model"] * 2 + [f"teacher {folder.parent / 'teacher'}"] * 2
+    assert [(row.words, row.sha256) for row in rows] == [(words[name]["words"], words[name]["sha256"]) for name in ("small", "corpus") * 2]
+    assert text_in_all(rows) == words["corpus"]["words"] + words["small"]["words"]  # the tokenizer's text is another, larger one
+    assert verdict(rows)[0] == "legal for strict-small" and 0 < record["words_before_last_step"] < record["words_seen"]
+    card = (folder / "README.md").read_text()
+    assert ledger_text(record) in card and "Verdict: **legal for strict-small**" in card
+
+
+def test_the_command_prints_the_ledger(student, tmp_path):
+    folder, record = student
+
+    def call(*arguments):
+        return subprocess.run([sys.executable, "-m", "babylm.hub", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
+
+    done = call(folder)
+    assert done.returncode == 0 and ledger_text(record) in done.stdout, done.stderr
+    done = call(folder, tmp_path)
+    assert done.returncode == 1 and f"error: {tmp_path} is no finished run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_base_is_followed_and_one_without_a_record_is_outside(run, student, teachers):
+    folder, _ = student
+    again, record = run("train_teacher", "again", "model.init=pretrained", f"model.path={folder}")
+    assert record["base"]["ledger"]["teachers"][0]["path"].endswith("teacher")
+    assert sum(row.seen for row in accounts(record)) == record["words_seen"] + record["base"]["ledger"]["words_seen"]
+    _, record = run("train_teacher", "foreign", "model.init=pretrained", f"model.path={teachers('gpt2')[0]}")
+    assert verdict(accounts(record))[0] == "research only"
+
+
+def test_a_milestone_is_followed_to_its_run(student, run):
+    folder, record = student
+    _, taught = run("train_student", "early", f"distillation.teacher={folder / 'chck_50'}", "distillation.alpha=0.5")
+    assert taught["teachers"][0]["ledger"] == record
+
+
+def test_a_tokenizer_is_believed_only_with_its_own_fingerprint(student, small, tokenizer):
+    folder, record = student
+    mine = tokenizer_fingerprint(tokenizer)
+    for path in (small / "tokenizer", folder, folder / "chck_50"):
+        assert hub.tokenizer_text(str(path), mine) == record["tokenizer"]
+        assert hub.tokenizer_text(str(path), "another")["words"] is None
+    assert hub.tokenizer_text("gpt2", mine) == {"source": "gpt2", "words": None, "sha256": None}
