@@ -137,7 +137,8 @@ def read_pairs(folder: str | Path) -> list[dict[str, Any]]:
     """All rows of a folder of BLiMP-format JSONL files. UserError names file and line of a row that is not one."""
     rows = []
     for path in sorted(Path(folder).glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines: a sentence may hold other characters that Python takes for the end of a line.
+        for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
             try:
                 row = json.loads(line)
                 rows.append({**row, "UID": row.get("UID", path.stem), "pair": (row["sentence_good"], row["sentence_bad"])})

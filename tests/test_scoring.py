@@ -136,6 +136,12 @@ def test_a_row_that_is_no_pair_names_file_and_line(tmp_path, line):
         scoring.read_pairs(folder)
 
 
+def test_a_line_separator_inside_a_sentence_ends_no_row(tmp_path):
+    row = {"sentence_good": "one\u2028two", "sentence_bad": "one\x85three"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row["pair"] for row in scoring.read_pairs(tmp_path)] == [("one\u2028two", "one\x85three")]
+
+
 def test_a_folder_without_pairs_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no minimal pairs"):
         scoring.read_pairs(tmp_path)
