@@ -209,7 +209,8 @@ class Routing:
 
     def move_up(self, batch: int) -> torch.Tensor | None:
         """Close the gaps that a sequence's tokens have left in an expert's column of `place`: [B * seats, E, D], with as many
-        seats per sequence as the fullest column needs. Attention of fewer queries than tokens costs less.
+        seats per sequence as the fullest column needs. Attention of fewer queries than tokens costs less. How many, the host
+        must know: on a GPU it would wait for that.
 
         Returns:
             [B, seats, E]: the position in its sequence of the token on each seat, the last one on empty seats. None if

@@ -134,7 +134,8 @@ def write_reading(folder: Path, rows: Sequence[dict[str, str]], values: np.ndarr
     found = reading.scores(rows, values[:, 0], values[:, 1])
     entries = [{"id": number, "pred": float(pred), "prev_pred": float(before)} for number, (pred, before) in enumerate(values)]
     write_text(folder / "predictions.json", json.dumps({"reading": {"predictions": entries}}))  # NaN where there is no word before
-    lines = [json.dumps({"uid": "reading", "id": entry["id"], "scores": [entry["pred"], entry["prev_pred"]]}) for entry in entries]
+    lines = [json.dumps({"uid": "reading", "id": entry["id"], "scores": [entry["pred"], entry["prev_pred"]], "pred": None, "gold": None,
+                         "correct": None, "tie": False}) for entry in entries]
     write_text(folder / "items.jsonl", "\n".join(lines) + "\n")
     write_text(folder / "report.txt", f"EYE TRACKING SCORE: {found['eye_tracking']:.2f}\n"
                                       f"SELF-PACED READING SCORE: {found['self_paced']:.2f}\n")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from babylm import models
 from babylm.config import UserError
 from eval import reading, reports
+from eval.official import read_gaps
 from eval.tasks import Item, choose_tasks, find_sets, load_tasks, read_items
 from eval.zero_shot import completion_tokens, requests_of, revisions
 
@@ -157,6 +158,8 @@ def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(mod
                  "wug_past/wug_past_tense", "wug_adj/wug_adj_nominalization"):
         assert {path.name for path in (folder / name).iterdir()} == {"predictions.json", "best_temperature_report.txt", "items.jsonl"}
     assert {path.name for path in (folder / "reading").iterdir()} == {"predictions.json", "report.txt", "items.jsonl"}
+    for items in folder.rglob("items.jsonl"):  # eval.official reads them all, those of reading times too
+        assert len(read_gaps(items, 1e-4)) == len(items.read_text().splitlines())
     summary = read(folder)
     assert (summary["model"], summary["revision"], summary["backend"]) == ("tiny", "main", "causal")
     assert len(summary["tasks"]) == 8
