@@ -124,7 +124,7 @@ def draw_results(folders, models, output, width) -> int:
     """Draw and tabulate results/<model> folders; the exit code."""
     from eval import reports, tasks  # here, because they load torch, which curves of runs do without
 
-    known = tasks.load_tasks()
+    known = {name: task for suite in reversed(tasks.SUITES) for name, task in tasks.load_tasks(suite).items()}
     runs = [results for folder in dict.fromkeys(folder.rstrip("/") for folder in folders) for results in load_results(folder, models)]
     names = [run.name for run in runs]
     for run in runs:

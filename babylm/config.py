@@ -54,6 +54,18 @@ def parse_word_count(value: Any) -> Any:
 WordCount = Annotated[int, BeforeValidator(parse_word_count), Field(ge=1)]
 
 
+def milestone_name(words: int) -> str:
+    """1_000_000 -> chck_1M, 100_000 -> chck_100K, 1_500_000 -> chck_1500K: no dots, because evaluation cuts names there."""
+    size, letter = next((size, letter) for size, letter in ((1_000_000, "M"), (1000, "K"), (1, "")) if words % size == 0)
+    return f"chck_{words // size}{letter}"
+
+
+def milestone_words(name: str) -> int | None:
+    """chck_100K -> 100_000, chck_1M -> 1_000_000; None for main, untrained and names that are no milestone."""
+    match = re.fullmatch(r"chck_(\d+)([KM]?)", name)
+    return int(match[1]) * {"": 1, "K": 1000, "M": 1_000_000}[match[2]] if match else None
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, numbers may be written `3e-4` (YAML alone reads that as text)."""
 
@@ -249,8 +261,9 @@ class TrainingSection(Section):
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one", identity=False)
     threads: int | None = key(None, "CPU threads per process; default: torch's own choice", identity=False, ge=1)
     eval_tasks: list[str] = key(
-        [], "tasks of eval/tasks.yaml, such as blimp, scored at every milestone into metrics.jsonl; the run waits, so choose small sets",
+        [], "tasks of the suite, such as blimp, scored at every milestone into metrics.jsonl; the run waits, so choose small sets",
         identity=False)
+    eval_suite: str = key("2025", "the year whose tasks they are (2025 or 2026), or a file like eval/tasks.yaml", identity=False)
     eval_data: str | None = key(None, "folder of their sets, such as one that holds blimp_fast/", identity=False)
 
     @model_validator(mode="after")

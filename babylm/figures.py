@@ -5,7 +5,6 @@ Figures are made without pyplot, inside `style()`.  A run's place in the list gi
 import json
 import math
 import os
-import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
+
+from babylm.config import milestone_words
 
 # Okabe and Ito's colours without yellow, which is too faint on white; the markers carry the difference in greyscale.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -332,12 +333,6 @@ class Results:
         """[points, 3]: words seen, score and its standard error of one set, in the order of words."""
         found = [(self.words[revision], table[name]) for revision, table in self.tables.items() if revision in self.words and name in table]
         return np.array(sorted((words, number(row["score"]), number(row["se"])) for words, row in found)).reshape(-1, 3)
-
-
-def milestone_words(name) -> int | None:
-    """chck_100K -> 100_000, chck_1M -> 1_000_000; None for main, untrained and names that are no milestone."""
-    match = re.fullmatch(r"chck_(\d+)([KM]?)", name)
-    return int(match[1]) * {"": 1, "K": 1000, "M": 1_000_000}[match[2]] if match else None
 
 
 def load_results(folder, models="models") -> list[Results]:

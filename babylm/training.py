@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from babylm import hub, models, scoring
-from babylm.config import RunConfig, UserError
+from babylm.config import RunConfig, UserError, milestone_name
 from babylm.distillation import Distiller, trainable_parameters
 from babylm.run_folder import (
     Preempted,
@@ -106,7 +106,7 @@ def milestone_sets(config: RunConfig) -> list[tuple[Any, Path]]:
     # be cleaner on paper, but a stage that forgets to pass it would silently score nothing.
     from eval import at_milestones
 
-    return at_milestones.open_sets(config.training.eval_tasks, Path(config.training.eval_data))
+    return at_milestones.open_sets(config.training.eval_tasks, Path(config.training.eval_data), config.training.eval_suite)
 
 
 @dataclass
@@ -158,14 +158,6 @@ def milestones_between(config: RunConfig, before: int, now: int) -> list[str]:
     if every := section.every_words:
         words |= set(range((before // every + 1) * every, now + 1, every))
     return [milestone_name(count) for count in sorted(words) if before < count <= now]
-
-
-def milestone_name(words: int) -> str:
-    """1_000_000 -> chck_1M, 100_000 -> chck_100K, 1_500_000 -> chck_1500K: no dots, because evaluation cuts names there."""
-    for size, letter in ((MILLION, "M"), (1000, "K")):
-        if words % size == 0:
-            return f"chck_{words // size}{letter}"
-    return f"chck_{words}"
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------

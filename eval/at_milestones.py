@@ -21,13 +21,13 @@ from eval.tasks import Task, choose_tasks, find_sets, load_tasks, read_items
 KEPT = ("score", "se", "n", "ties")
 
 
-def open_sets(names: Sequence[str], data: Path) -> list[tuple[Task, Path]]:
+def open_sets(names: Sequence[str], data: Path, suite: str) -> list[tuple[Task, Path]]:
     """(task, folder) of every set of these tasks, each read once.
 
     Raises:
-        UserError: an unknown task, no such folder, a task without any set in it, or a set that cannot be read.
+        UserError: an unknown suite or task, no such folder, a task without any set in it, or a set that cannot be read.
     """
-    tasks = choose_tasks(list(names), load_tasks())
+    tasks = choose_tasks(list(names), load_tasks(suite))
     if not data.is_dir():
         raise UserError(f"training.eval_data: there is no folder {data}; it should hold sets such as blimp_fast/")
     found = []

@@ -26,7 +26,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from babylm.config import UserError
+from babylm.config import UserError, milestone_words
 from babylm.run_folder import is_whole, require_finished, run_stage, write_json, write_text
 from custom_dataset import file_sha256
 
@@ -36,11 +36,23 @@ ORG = "local"  # of the name on the made-up hub
 
 @dataclass(frozen=True)
 class Script:
-    """A command line of the pipeline, run in the root of its clone, and the folder of data it is for."""
+    """A command line of the pipeline, run in the root of its clone, and the folder of data it is for.
+
+    `file` lies in that root (2025), or in its scripts/ (2026, whose root is the folder strict/ of babylm-eval).
+    """
 
     file: str
     arguments: tuple[str, ...]
     data: str
+
+    def inside(self, clone: Path) -> str:
+        """Its path in a clone. UserError where there is none."""
+        for path in (self.file, f"scripts/{self.file}"):
+            if (clone / path).is_file():
+                return path
+        inner = " (give its folder strict/)" if (clone / "strict").is_dir() else ""
+        raise UserError(f"{clone / self.file} does not exist: {clone} is no clone of the official pipeline{inner}, or of a version with "
+                        "another command line (then correct FULL and FAST in eval/official.py)")
 
 
 # All that is assumed about the pipeline's command line; everything else is read from the results it writes.
@@ -54,12 +66,8 @@ FAST = Script("eval_zero_shot_fast.sh", ("{model}", "{revision}", "{backend}", "
 
 def revisions_of(root: Path) -> dict[str, Path]:
     """{"main": the run folder, "chck_1M": ..., ...}, milestones in the order of their words."""
-
-    def words(folder: Path) -> float:
-        return float(folder.name[5:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[folder.name[-1]]
-
-    found = [folder for folder in root.glob("chck_*") if folder.is_dir() and re.fullmatch(r"chck_\d+[KMB]", folder.name)]
-    return {"main": root} | {folder.name: folder for folder in sorted(found, key=words)}
+    found = [(words, folder) for folder in root.glob("chck_*") if folder.is_dir() and (words := milestone_words(folder.name))]
+    return {"main": root} | {folder.name: folder for _, folder in sorted(found)}
 
 
 def check_run(root: Path, backend: str) -> dict[str, Path]:
@@ -205,10 +213,7 @@ def pipeline_environment(home: Path, python: Path) -> dict[str, str]:
 
 def data_sets(clone: Path, script: Script, data: Path) -> list[str]:
     """Names of the data sets that a script asks for and the data folder has; UserError if there are none."""
-    file = clone / script.file
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: {clone} is no clone of the official pipeline, or of a version with another command line "
-                        "(then correct FULL and FAST in eval/official.py)")
+    file = clone / script.inside(clone)
     folder = data / script.data
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: get the pipeline's data (its README says where), or give the folder that holds "
@@ -249,7 +254,7 @@ def run_revision(clone: Path, script: Script, name: str, revision: str, snapshot
         os.rename(folder, aside)
         print(f"{revision}: moved earlier results to {aside}", flush=True)
     values = {"model": f"{ORG}/{name}", "revision": revision, "backend": backend, "data": str(data.resolve() / script.data)}
-    command = ["bash", script.file, *(argument.format(**values) for argument in script.arguments)]
+    command = ["bash", script.inside(clone), *(argument.format(**values) for argument in script.arguments)]
     print(f"{revision}: {shlex.join(command)}", flush=True)
     code = subprocess.run(command, cwd=clone, env=pipeline_environment(home, python), check=False).returncode
     missing = missing_results(folder, sets)

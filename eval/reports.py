@@ -2,12 +2,13 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from scipy import stats
 
 from babylm.run_folder import write_json, write_text
 from eval import reading
@@ -58,23 +59,14 @@ def first_share(scores: Sequence[float]) -> float:
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Rank correlation; equal values share their mean rank. NaN where one side is constant."""
-    one, other = _ranks(one), _ranks(other)
-    if one.std() == 0 or other.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(one, other)[0, 1])
+    """Rank correlation; NaN where one side is constant."""
+    return float(stats.spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else float("nan")
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place]
-
-
-def resampled(statistic, count: int, resamples: int = RESAMPLES) -> float:
-    """Standard deviation of statistic(indices) over bootstrap samples of `count` items, seeded."""
+def resampled(statistic: Callable[[np.ndarray], Any], count: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """Standard deviation of statistic(indices), a number or several, over bootstrap samples of `count` items, seeded."""
     generator = np.random.default_rng(0)
-    values = [statistic(generator.integers(count, size=count)) for _ in range(resamples)]
-    return float(np.nanstd(values))
+    return np.nanstd([statistic(generator.integers(count, size=count)) for _ in range(resamples)], axis=0)
 
 
 def summary(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -82,7 +74,7 @@ def summary(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -
     ties = float(np.mean([row["tie"] for row in rows]))
     if task.score == "spearman":
         shares, ratios = (np.array(values) for values in ([first_share(row["scores"]) for row in rows], [item.ratio for item in items]))
-        score, error = spearman(shares, ratios), resampled(lambda chosen: spearman(shares[chosen], ratios[chosen]), len(rows))
+        score, error = spearman(shares, ratios), float(resampled(lambda chosen: spearman(shares[chosen], ratios[chosen]), len(rows)))
         return {"task": task.name, "score": score, "se": error, "n": len(rows), "ties": ties}
     score, error = accuracy(task, items, rows)
     strict, _ = accuracy(task, items, rows, strict=True)
@@ -116,7 +108,7 @@ def write_set(folder: Path, task: Task, items: Sequence[Item], rows: Sequence[di
             entry["prob"] = first_share(row["scores"])
         predictions.setdefault(item.uid, {"predictions": []})["predictions"].append(entry)
     write_json(folder / "predictions.json", predictions)
-    write_text(folder / "items.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _write_lines(folder / "items.jsonl", rows)
     if task.score == "spearman":
         sections = {"UID SPEARMAN'S RHO": {"avg": found["score"]}, "AVERAGE SPEARMAN'S RHO": found["score"]}
     else:
@@ -130,23 +122,33 @@ def write_set(folder: Path, task: Task, items: Sequence[Item], rows: Sequence[di
 
 
 def write_reading(folder: Path, rows: Sequence[dict[str, str]], values: np.ndarray) -> dict[str, Any]:
-    """predictions.json and report.txt as the official pipeline writes them, and items.jsonl; returns the summary."""
-    found = reading.scores(rows, values[:, 0], values[:, 1])
-    entries = [{"id": number, "pred": float(pred), "prev_pred": float(before)} for number, (pred, before) in enumerate(values)]
+    """What the official pipeline writes of reading times, and items.jsonl; returns the summary."""
+    pred, before = values.T
+    found = reading.scores(rows, pred, before)
+    entries = [{"id": number, "pred": float(one), "prev_pred": float(two)} for number, (one, two) in enumerate(values)]
     write_text(folder / "predictions.json", json.dumps({"reading": {"predictions": entries}}))  # NaN where there is no word before
-    lines = [json.dumps({"uid": "reading", "id": entry["id"], "scores": [entry["pred"], entry["prev_pred"]], "pred": None, "gold": None,
-                         "correct": None, "tie": False}) for entry in entries]
-    write_text(folder / "items.jsonl", "\n".join(lines) + "\n")
+    _write_lines(folder / "prediction.jsonl", [{"Index": number, "Sentence": reading.context_of(row), "Word": row["word"],
+                                                "Logprob": float(one), "Prev_Logprob": float(two)}
+                                               for number, (row, (one, two)) in enumerate(zip(rows, values, strict=True))])
+    _write_lines(folder / "items.jsonl", [{"uid": "reading", "id": entry["id"], "scores": [entry["pred"], entry["prev_pred"]], "pred": None,
+                                           "gold": None, "correct": None, "tie": False} for entry in entries])
+    _write_lines(folder / "predictive_power.jsonl", reading.power(rows, pred, before, spillover=False))
+    _write_lines(folder / "predictive_power_spillover.jsonl", reading.power(rows, pred, before, spillover=True))
+    write_text(folder / "correlations.txt", "".join(f"{name}\t{value:.4f}\n" for name, value in reading.correlations(rows, pred).items()))
     write_text(folder / "report.txt", f"EYE TRACKING SCORE: {found['eye_tracking']:.2f}\n"
                                       f"SELF-PACED READING SCORE: {found['self_paced']:.2f}\n")
-    chosen = {}
-    for name in found:
-        def part(index, name=name):
-            return reading.scores([rows[i] for i in index], values[index, 0], values[index, 1])[name]
 
-        chosen[name] = resampled(part, len(rows), 50)
-    return {"task": "reading", "score": (found["eye_tracking"] + found["self_paced"]) / 2, "n": len(rows), "ties": 0.0,
-            "se": float(np.hypot(*chosen.values()) / 2), "by": {"MEASURE": found}, "by_se": {"MEASURE": chosen}}
+    def part(index: np.ndarray) -> list[float]:
+        both = list(reading.scores([rows[i] for i in index], *values[index].T).values())
+        return [*both, float(np.mean(both))]
+
+    *each, error = resampled(part, len(rows), 50).tolist()
+    return {"task": "reading", "score": float(np.mean(list(found.values()))), "n": len(rows), "ties": 0.0, "se": error,
+            "by": {"MEASURE": found}, "by_se": {"MEASURE": dict(zip(found, each, strict=True))}}
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -182,10 +184,11 @@ def phenomena(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def baseline_rows(names: Sequence[str]) -> str:
-    """Published scores of the tasks of these names, as lines."""
+def baseline_rows(names: Sequence[str], suite: str) -> str:
+    """Published scores of the tasks of these names, as lines: those of 2026 with its suite, the others with the other suites."""
     lines = []
     for title, values in yaml.safe_load(BASELINES.read_text(encoding="utf-8")).items():
-        if known := {name: value for name, value in values.items() if name in names}:
+        known = {name: value for name, value in values.items() if any(one.startswith(name) for one in names)}
+        if known and title.startswith("2026") == (suite == "2026"):
             lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in known.items()))
     return "\n".join(lines)

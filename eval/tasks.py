@@ -4,7 +4,8 @@ import json
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from babylm.config import UserError
 from babylm.run_folder import folder_written_whole, is_whole
 
-TASKS_FILE = Path(__file__).with_name("tasks.yaml")
+SUITES = {"2025": Path(__file__).with_name("tasks.yaml"), "2026": Path(__file__).with_name("tasks_2026.yaml")}
 
 
 class Candidate(BaseModel):
@@ -38,14 +39,18 @@ class Task(BaseModel):
     prefix: str = ""
     options: str | None = None
     separator: str | None = None
+    skip_options: str | None = None
     gold: str | None = None
     uid: str = ""
+    uid_names: dict[str, str] = {}
+    predict: str = Field("text", pattern="^(text|whole)$")
     groups: dict[str, str] = {}
     group_default: str | None = None
     average: str = Field("uids", pattern="^(uids|splits)$")
     score: str = Field("accuracy", pattern="^(accuracy|spearman|reading)$")
     normalise: str | None = Field(None, pattern="^length$")
     chance: float
+    sizes: dict[str, int | dict[str, int]] = {}
     source: str
 
     @model_validator(mode="after")
@@ -70,33 +75,49 @@ class Item:
     ratio: float | None
     groups: dict[str, str] = field(default_factory=dict)
     split: str = ""
+    names: tuple[str, ...] = ()  # what the official predictions call the candidates; default: the texts
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the official predictions call the candidates: the scored text, or the whole where that is the same for all."""
-        texts = tuple(text.removeprefix(" ") if prefix else text for prefix, text in zip(self.prefixes, self.texts, strict=True))
-        return texts if len(set(texts)) > 1 else tuple(prefix + text for prefix, text in zip(self.prefixes, self.texts, strict=True))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", self.names or self.texts)
 
 
-def load_tasks(path: Path = TASKS_FILE) -> dict[str, Task]:
-    """{name: Task} of a file like tasks.yaml. UserError names the file, the task and the key."""
+def load_tasks(suite: str | Path = "2025") -> dict[str, Task]:
+    """{name: Task} of a year's suite, or of a file like tasks.yaml. UserError names the file, the task and the key."""
+    path = SUITES.get(str(suite), Path(suite))
+    if not path.is_file():
+        raise UserError(f"no suite {suite}: give {' or '.join(SUITES)}, or a file like eval/tasks.yaml")
+    tasks = {}
+    for name, entry in _entries(path).items():
+        try:
+            tasks[name] = Task.model_validate({**entry, "name": name})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{path}: {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return tasks
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    """The tasks of a file; of one that begins with `changes: <file>`, those of that file with what this one says instead."""
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict):
-            raise UserError(f"{path}: not a mapping of task names to their descriptions")
-        return {name: Task.model_validate({**entry, "name": name}) for name, entry in entries.items()}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: not a mapping of task names to their descriptions")
+    base = entries.pop("changes", None)
+    whole = _entries(path.with_name(base)) if base else {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) and not (base and entry is None):
+            raise UserError(f"{path}: {name}: expected the keys of a task" + (", or null for a task that is gone" if base else ""))
+        whole[name] = None if entry is None else {**whole.get(name, {}), **entry}
+    return {name: entry for name, entry in whole.items() if entry is not None}
 
 
 def choose_tasks(names: list[str] | None, tasks: dict[str, Task]) -> list[Task]:
     """The tasks of these names, or all. UserError on a name that is none."""
     unknown = sorted(set(names or ()) - set(tasks))
     if unknown:
-        raise UserError(f"no such task: {', '.join(unknown)}; tasks.yaml has {', '.join(tasks)}")
+        raise UserError(f"no such task: {', '.join(unknown)}; this suite has {', '.join(tasks)}")
     return [task for name, task in tasks.items() if not names or name in names]
 
 
@@ -168,6 +189,8 @@ def read_items(task: Task, folder: Path) -> list[Item]:
             except KeyError as error:
                 raise UserError(f"{file}, line {number}: a row of {task.title} needs the field {error.args[0]!r}; it has "
                                 f"{', '.join(row)}") from None
+            if item is None:
+                continue
             if len(item.texts) < 2:
                 raise UserError(f"{file}, line {number}: {task.title} needs at least two candidates to choose from, not {len(item.texts)}")
             items.append(item)
@@ -177,23 +200,49 @@ def read_items(task: Task, folder: Path) -> list[Item]:
     return items
 
 
-def _item(task: Task, file: str, row: dict[str, Any], counts: dict[str, int]) -> Item:
+def _item(task: Task, file: str, row: dict[str, Any], counts: dict[str, int]) -> Item | None:
     fields = {"file": file, **row}
     if task.name == "blimp" and "UID" not in row:
         fields["UID"] = file
     if task.options is not None:
         options = row[task.options]
         texts = tuple(options.split(task.separator) if task.separator else options)
+        if task.skip_options and any(task.skip_options in text for text in texts):
+            return None
         prefixes = (task.prefix.format_map(fields),) * len(texts)
     else:
         prefixes = tuple(candidate.prefix.format_map(fields) for candidate in task.candidates)
         texts = tuple(candidate.text.format_map(fields) for candidate in task.candidates)
     uid = task.uid.format_map(fields)
+    uid = task.uid_names.get(uid, uid)
     index = counts[uid] = counts.get(uid, -1) + 1
     groups = {}
     for heading, name in task.groups.items():
         value = row.get(name, task.group_default)
         if value is not None:
             groups[heading] = {"syntax_semantics": "syntax/semantics"}.get(value, value)  # BLiMP spells it both ways
+    names = texts if task.predict == "text" else tuple(prefix + text for prefix, text in zip(prefixes, texts, strict=True))
     return Item(uid, f"{uid}_{index}", prefixes, texts, None if task.score == "spearman" else int(row[task.gold]) if task.gold else 0,
-                float(row["ratio"]) if task.score == "spearman" else None, groups, file)
+                float(row["ratio"]) if task.score == "spearman" else None, groups, file, names)
+
+
+def unlike_official(task: Task, name: str, uids: Sequence[str]) -> str | None:
+    """What distinguishes a set from the official one of its name: None, or a line with the counts that differ.
+
+    Args:
+        uids: of its items, one each.
+    """
+    sizes = task.sizes.get(name)
+    if sizes is None:
+        return None
+    expected = {"total": sizes} if isinstance(sizes, int) else sizes
+    counts = Counter(uid.lower() for uid in uids)  # BLiMP's own files disagree in upper case: principle_A, principle_a
+    wrong = [f"{len(uids):,} items instead of {expected['total']:,}"] if len(uids) != expected.get("total", len(uids)) else []
+    named = {uid: count for uid, count in expected.items() if uid not in ("total", "*")}
+    for uid in sorted({*counts, *named}):
+        should = named.get(uid, expected.get("*"))
+        if should is not None and counts[uid] != should or should is None and named:
+            wrong.append(f"{uid} has {counts[uid]:,} instead of {should or 0:,}")
+    if not wrong:
+        return None
+    return f"not the official {name}: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")

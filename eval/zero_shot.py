@@ -2,6 +2,7 @@
 
     python -m eval.zero_shot models/GPT2-Small-BabyLM-CE --data evaluation_data
     python -m eval.zero_shot models/A models/B --milestones --tasks blimp supplement --output results
+    python -m eval.zero_shot models/A --data evaluation_data --suite 2026
     python -m eval.zero_shot --check_data --data evaluation_data
 
 reads   model folders (any that transformers loads) and the evaluation data; sets that are not there are skipped with a line.
@@ -14,7 +15,6 @@ Time: the fast sets without reading times take about 40 s for a 3M model on one 
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,15 +26,14 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError
+from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from eval import reading, reports
 from eval.scorer import BATCH_TOKENS, Request, Scorer
-from eval.tasks import Item, Task, choose_tasks, find_sets, load_tasks, open_data, read_items
+from eval.tasks import SUITES, Item, Task, choose_tasks, find_sets, load_tasks, open_data, read_items, unlike_official
 
 BACKENDS = ("causal", "mlm", "mntp")
-MILESTONE = re.compile(r"chck_(\d+)([KM])$")
 
 
 # ---- From items to requests -----------------------------------------------------------------------------------------
@@ -124,10 +123,8 @@ def score_set(task: Task, data: Path, folder: Path, scorer: Scorer, tokenizer: P
     """Score one set, write its files into `folder`, and return its summary."""
     kept = Kept(folder / "progress.jsonl", identity)
     if task.score == "reading":
-        if backend != "causal":
-            raise UserError(f"{task.title}: surprisal needs a causal model, not {backend}")
         rows = reading.read_rows(data / "reading_data.csv")
-        asked = reading.requests(rows, tokenizer)
+        asked = reading.requests(rows, tokenizer, backend)
         values = answer(scorer, [request for _, _, request in asked], kept, task.title)
         found = reports.write_reading(folder, rows, reading.surprisals(rows, asked, values))
     else:
@@ -137,6 +134,8 @@ def score_set(task: Task, data: Path, folder: Path, scorer: Scorer, tokenizer: P
         scores = candidate_scores(task, asked, answer(scorer, flat, kept, f"{task.title} ({data.name})"))
         rows = reports.answers(items, scores)
         found = reports.summary(task, items, rows)
+        if unlike := unlike_official(task, data.name, [item.uid for item in items]):
+            found["unlike_official"] = unlike
         if scorer.bf16:
             found["bf16"] = effect_of_bf16(task, items, asked, scores, scorer)
         reports.write_set(folder, task, items, rows, found)
@@ -210,9 +209,8 @@ def revisions(folder: Path, milestones: bool, revision: str | None) -> dict[str,
         return {revision: folder / revision}
     found = {}
     if milestones:
-        names = [(int(match[1]) * (1000 if match[2] == "M" else 1), path) for path in folder.glob("chck_*")
-                 if (match := MILESTONE.match(path.name)) and (path / "config.json").is_file()]
-        found = {path.name: path for _, path in sorted(names)}
+        names = [(words, path) for path in folder.glob("chck_*/") if (words := milestone_words(path.name))]
+        found = {path.name: path for _, path in sorted(names) if (path / "config.json").is_file()}
     return {**found, "main": folder}
 
 
@@ -227,7 +225,7 @@ def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], bac
     for task, data in sets:
         files = sorted(file for file in data.iterdir() if file.suffix in (".jsonl", ".csv"))
         identity = {"weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer), "data": [file_sha256(file)[:16] for file in files],
-                    "task": task.model_dump(exclude={"title", "source"}), "bf16": options["bf16"]}
+                    "task": task.model_dump(exclude={"title", "source", "sizes", "chance"}), "bf16": options["bf16"]}
         if known.get(data.name, {}).get("identity") == identity:
             found[data.name] = known[data.name]
             continue
@@ -251,6 +249,8 @@ def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], bac
             effect = entry["bf16"]
             print(f"  bf16: {effect['changed']} of {effect['items']} predictions are others than in fp32; scores differ by up to "
                   f"{effect['largest_nats']:.2f} nats", flush=True)
+        if "unlike_official" in entry:
+            print(f"  {entry['unlike_official']}: the score is not comparable with published ones", flush=True)
         if entry["ties"] > 0.5:
             problems.append(f"{path.name}, {data.name}: {100 * entry['ties']:.0f} % of the answers are ties, which count as right "
                             "officially: this model answers the same for everything")
@@ -269,7 +269,8 @@ def _warn_about(tokenizer: PreTrainedTokenizerFast, backend: str, path: Path) ->
 
 
 def check_data(tasks: Sequence[Task], data: Path) -> list[str]:
-    """Count and read every item of every set; print a line each; return what is wrong with those that are there."""
+    """Read every item of every set and compare their numbers with the official ones; print a line each; return what is wrong with
+    those that are there."""
     problems = []
     for task in tasks:
         folders = find_sets(task, data)
@@ -277,8 +278,12 @@ def check_data(tasks: Sequence[Task], data: Path) -> list[str]:
             print(f"{task.title}: none of {', '.join(task.sets)} in {data}; get it from: {task.source}")
         for folder in folders:
             try:
-                count = len(reading.read_rows(folder / "reading_data.csv") if task.score == "reading" else read_items(task, folder))
-                print(f"{task.title}: {folder}, {count:,} items")
+                uids = (["reading"] * len(reading.read_rows(folder / "reading_data.csv")) if task.score == "reading" else
+                        [item.uid for item in read_items(task, folder)])
+                unlike = unlike_official(task, folder.name, uids)
+                whole = ", as many as the official set has, of each kind" if folder.name in task.sizes and not unlike else ""
+                print(f"{task.title}: {folder}, {len(uids):,} items" + (f": {unlike}" if unlike else whole))
+                problems += [f"{folder}: {unlike}"] if unlike else []
             except (UserError, FileNotFoundError) as error:
                 problems.append(str(error))
                 print(f"{task.title}: {error}")
@@ -299,8 +304,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path, metavar="models/NAME", help="model folders")
     parser.add_argument("--backend", choices=BACKENDS, default="causal")
     parser.add_argument("--data", type=Path, default=Path("evaluation_data"), help="folder or archive of the sets")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of tasks.yaml (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="where results go (default: results)")
+    parser.add_argument("--suite", default="2025", metavar="YEAR",
+                        help=f"whose tasks: {' or '.join(SUITES)} (default: 2025), or a file like eval/tasks.yaml")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of the suite (default: all)")
+    parser.add_argument("--output", type=Path, help="where results go (default: results, for other suites than 2025 results/<year>)")
     parser.add_argument("--milestones", action="store_true", help="also every chck_* of each model")
     parser.add_argument("--revision", help="one milestone, such as chck_1M, instead of the final model")
     parser.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
@@ -310,8 +317,9 @@ def main() -> None:
     parser.add_argument("--check_data", action="store_true", help="count and verify the data, score nothing")
     parser.add_argument("--fresh", action="store_true", help="score again what is scored already")
     args = parser.parse_args()
-    tasks = load_tasks()
+    tasks = load_tasks(args.suite)
     chosen = choose_tasks(args.tasks, tasks)
+    output = args.output or Path("results") / ("" if args.suite == "2025" else Path(args.suite).stem)
     if args.check_data:
         if check_data(chosen, open_data(args.data)):
             sys.exit(1)
@@ -329,14 +337,14 @@ def main() -> None:
         if args.untrained:
             todo.append(("untrained", folder, True))
         for revision, path, untrained in todo:
-            scored, wrong = score_model(path, args.output / name / revision, sets, args.backend, options, untrained)
+            scored, wrong = score_model(path, output / name / revision, sets, args.backend, options, untrained)
             problems += wrong
             if revision in ("main", "untrained", args.revision):
                 columns[name if revision == "main" else f"{name} {revision}"] = scored
     if any(columns.values()):
         print("\n" + reports.table(columns, tasks))
         print(reports.phenomena(columns))
-        print(reports.baseline_rows([task.name for task, _ in sets]))
+        print(reports.baseline_rows([task.name for task, _ in sets], args.suite))
     if problems:
         print(f"\n{len(problems)} problem(s):\n" + "\n".join(problems), file=sys.stderr)
         sys.exit(1)

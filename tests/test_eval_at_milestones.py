@@ -89,7 +89,7 @@ def test_every_milestone_has_the_scores_that_its_folder_gets_afterwards(scored, 
     assert [row["name"] for row in rows] == ["chck_600", "chck_610", "chck_1200"] == [row["name"] for row in flags]
     assert [(row["step"], row["words"]) for row in rows] == [(row["step"], row["words"]) for row in flags]
     assert rows[0]["step"] == rows[1]["step"] < rows[2]["step"]
-    chosen = at_milestones.open_sets(["blimp", "supplement"], sets)
+    chosen = at_milestones.open_sets(["blimp", "supplement"], sets, "2025")
     for row in rows:
         after, problems = zero_shot.score_model(scored / row["name"], tmp_path / row["name"], chosen, "causal",
                                                 {"bf16": False, "batch_tokens": 2048, "fresh": False})
@@ -130,7 +130,7 @@ def test_adapters_are_scored_as_the_model_they_make(scored, home, in_process, se
     in_process("train_teacher", "--config", home / "run.yaml", f"name={name}", *asked, "model.init=pretrained", f"model.path={scored}",
                "lora.mode=lora", "lora.rank=2", f"lora.merge_adapter={merged}", "checkpoints.extra_words=[600]")
     (row,) = metrics(home / "models" / name, "scores")
-    chosen = at_milestones.open_sets(["blimp"], sets)
+    chosen = at_milestones.open_sets(["blimp"], sets, "2025")
     model = models.load_causal_lm(str(home / "models" / name / "chck_600")) if merged == "true" else None
     if model is not None:
         assert row["tasks"]["blimp_fast"] == at_milestones.scores(model, models.load_tokenizer(scored), chosen)["blimp_fast"]
@@ -148,9 +148,9 @@ def test_modes_and_random_numbers_are_as_before(sets, tokenizer):
     model.transformer.wte.eval()  # a part that is kept out of training mode on purpose
     model.transformer.register_forward_hook(lambda *_: (torch.rand(3), None)[1])  # draws, as a noisy router would
     before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
-    found = at_milestones.scores(model, tokenizer, at_milestones.open_sets(["blimp"], sets))
+    found = at_milestones.scores(model, tokenizer, at_milestones.open_sets(["blimp"], sets, "2025"))
     assert torch.equal(torch.get_rng_state(), before) and [module.training for module in model.modules()] == modes
-    assert found == at_milestones.scores(model, tokenizer, at_milestones.open_sets(["blimp"], sets))  # without dropout
+    assert found == at_milestones.scores(model, tokenizer, at_milestones.open_sets(["blimp"], sets, "2025"))  # without dropout
     assert found["blimp_fast"].keys() == {"score", "se", "n", "ties"}
 
 
@@ -159,7 +159,7 @@ def test_modes_are_restored_when_scoring_fails(sets, tokenizer):
     with torch.no_grad():
         model.transformer.wte.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN"):
-        at_milestones.scores(model, tokenizer, at_milestones.open_sets(["blimp"], sets))
+        at_milestones.scores(model, tokenizer, at_milestones.open_sets(["blimp"], sets, "2025"))
     assert model.training
 
 
@@ -177,7 +177,7 @@ def test_reading_times_too(shared, tmp_path, tokenizer):
     lines = (shared / "data" / "eval_fast" / "reading" / "reading_data.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "reading" / "reading_data.csv").write_text("".join(lines[:60]), encoding="utf-8")
     model = models.build_model(ModelSection(layers=1, width=16, heads=2, max_positions=256), tokenizer, 0)
-    chosen = at_milestones.open_sets(["reading"], tmp_path)
+    chosen = at_milestones.open_sets(["reading"], tmp_path, "2025")
     at_milestones.require_fits(chosen, tokenizer, 256)
     assert at_milestones.scores(model, tokenizer, chosen)["reading"]["n"] == 59
 
@@ -186,7 +186,7 @@ def test_reading_times_too(shared, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(("tasks", "data", "said"), [
-    ("[blimpp]", "{sets}", "no such task: blimpp; tasks.yaml has blimp, supplement"),
+    ("[blimpp]", "{sets}", "no such task: blimpp; this suite has blimp, supplement"),
     ("[blimp]", "{sets}/nowhere", "training.eval_data: there is no folder"),
     ("[blimp, ewok]", "{sets}", "ewok has no set in training.eval_data"),
     ("[blimp]", "{broken}", "blimp_fast/x.jsonl, line 2: not JSON"),

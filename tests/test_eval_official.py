@@ -302,6 +302,16 @@ def test_a_task_that_failed_is_not_hidden_by_the_results_of_an_earlier_model(fak
     assert (fake / "log").read_text().count("\n") == 4
 
 
+def test_the_scripts_of_2026_lie_in_a_folder_of_their_own(fake, run, data, monkeypatch):
+    (fake / "strict/scripts").mkdir(parents=True)
+    (fake / "eval_zero_shot_fast.sh").rename(fake / "strict/scripts/eval_zero_shot_fast.sh")
+    options = ["--data", data, "--fast", "--no-compare", "--revisions", "main"]
+    with pytest.raises(UserError, match=r"give its folder strict/"):
+        call(monkeypatch, "run", fake, run, *options)
+    call(monkeypatch, "run", fake / "strict", run, *options)
+    assert (fake / "strict/log").read_text().startswith("main ") and (fake / "strict/results").is_dir()
+
+
 def test_the_pipeline_gets_its_own_python_and_no_network(fake, trained, data, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HOME", "/somewhere/else")

@@ -19,7 +19,7 @@ from babylm import models
 from babylm.config import UserError
 from eval import reading, reports
 from eval.official import read_gaps
-from eval.tasks import Item, choose_tasks, find_sets, load_tasks, read_items
+from eval.tasks import Item, choose_tasks, find_sets, load_tasks, read_items, unlike_official
 from eval.zero_shot import completion_tokens, requests_of, revisions
 
 ROOT = Path(models.__file__).parents[1]
@@ -125,6 +125,16 @@ def test_predictions_and_printed_scores_are_the_official_ones(shared, name, back
                     assert one.get(key) == pytest.approx(other.get(key), abs=1e-4, nan_ok=True)
         report = "report.txt" if file.parent.name == "reading" else "best_temperature_report.txt"
         assert sorted(file.with_name(report).read_text().split("\n")) == sorted(mine.with_name(report).read_text().split("\n"))
+        if file.parent.name == "reading":
+            assert {path.name for path in file.parent.iterdir()} < {path.name for path in mine.parent.iterdir()}
+            for name in ("prediction.jsonl", "predictive_power.jsonl", "predictive_power_spillover.jsonl"):
+                for one, other in zip(*(path.with_name(name).read_text().splitlines() for path in (file, mine)), strict=True):
+                    one, other = json.loads(one), json.loads(other)
+                    assert list(one) == list(other)
+                    for key, value in one.items():
+                        same = value == other[key] if isinstance(value, str) else np.allclose(value, other[key], 1e-3, 1e-6, equal_nan=True)
+                        assert same, (name, key, value, other[key])
+            assert file.with_name("correlations.txt").read_text() == mine.with_name("correlations.txt").read_text()
     assert compared == len(sets)
 
 
@@ -149,7 +159,7 @@ def test_a_part_of_blimp_and_entity_tracking_is_answered_as_officially(shared, f
 # ---- Files and tables -------------------------------------------------------------------------------------------------
 
 
-def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(model, score, tmp_path):
+def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(model, score, tmp_path, data):
     here = {path.name for path in model.iterdir()}
     code, out, err = score(model)
     assert (code, err) == (0, ""), out
@@ -157,7 +167,9 @@ def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(mod
     for name in ("blimp/blimp_fast", "blimp/supplement_fast", "ewok/ewok_fast", "entity_tracking/entity_tracking_fast", "comps/comps",
                  "wug_past/wug_past_tense", "wug_adj/wug_adj_nominalization"):
         assert {path.name for path in (folder / name).iterdir()} == {"predictions.json", "best_temperature_report.txt", "items.jsonl"}
-    assert {path.name for path in (folder / "reading").iterdir()} == {"predictions.json", "report.txt", "items.jsonl"}
+    assert {path.name for path in (folder / "reading").iterdir()} == {
+        "predictions.json", "prediction.jsonl", "predictive_power.jsonl", "predictive_power_spillover.jsonl", "correlations.txt",
+        "report.txt", "items.jsonl"}
     for items in folder.rglob("items.jsonl"):  # eval.official reads them all, those of reading times too
         assert len(read_gaps(items, 1e-4)) == len(items.read_text().splitlines())
     summary = read(folder)
@@ -170,12 +182,14 @@ def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(mod
     assert read(tmp_path / "results/tiny/untrained/zero_shot/causal")["tasks"].keys() == summary["tasks"].keys()
     assert "| set | items | tiny | tiny untrained | chance |" in out and "| entity_tracking_fast | 8 |" in out
     assert "2025 strict-small GPT-2 (official): blimp 67.29" in out
-    assert "skipped: GlobalPIQA (parallel)" in out
+    assert "2026 strict" not in out and "not the official blimp_fast: 12 items instead of 13,400" in out
+    assert "not comparable" in out and summary["tasks"]["comps"]["unlike_official"].startswith("not the official comps: 6 items")
     assert {path.name for path in model.iterdir()} == here, "nothing is written into the checkpoint's folder"
-    prediction = read(folder / "comps/comps", "predictions.json")["comps_base"]["predictions"][0]
-    assert prediction["id"] == "comps_base_0" and prediction["pred"].endswith("runs away") and prediction["pred"] != "runs away"
+    (prediction, *_), = (entry["predictions"] for entry in read(folder / "comps/comps", "predictions.json").values())
+    assert list(read(folder / "comps/comps", "predictions.json")) == ["base"]  # what the leaderboard calls it, not comps_base
+    assert prediction["id"] == "base_0" and prediction["pred"].endswith(" runs away"), "the whole sentence"
     target = read(folder / "ewok/ewok_fast", "predictions.json")["social"]["predictions"][0]["pred"]
-    assert target == target.strip()
+    assert target in {text for item in read_items(TASKS["ewok"], data / "fast_eval/ewok_fast") for text in item.texts}
 
 
 def test_candidates_are_what_the_tokens_after_the_prefix_say(model, data):
@@ -364,8 +378,35 @@ def test_bad_files_are_named_with_their_line_and_other_tasks_are_kept(model, sco
 
 def test_check_data_counts_what_is_there_and_says_where_to_get_the_rest(score, data):
     code, out, _ = score("--check_data")
-    assert code == 0 and f"BLiMP: {data / 'fast_eval/blimp_fast'}, 12 items" in out and "reading times" in out and ", 60 items" in out
-    assert "GlobalPIQA (parallel): none of" in out and "https://huggingface.co" in out
+    assert code == 1 and f"BLiMP: {data / 'fast_eval/blimp_fast'}, 12 items: not the official blimp_fast" in out
+    assert "60 items: not the official reading: 60 items instead of 1,726" in out
+    code, out, _ = score("--check_data", "--suite", "2026", "--tasks", "global_piqa_parallel")
+    assert code == 0 and "GlobalPIQA (parallel): none of" in out and "https://huggingface.co" in out
+
+
+def test_check_data_knows_the_official_sets(shared, score):
+    code, out, _ = score("--check_data", data=shared / "data/eval_fast")
+    assert code == 0 and out.count("as many as the official set has") == 6 and "13,400 items, as many" in out
+    code, out, _ = score("--check_data", "--suite", "2026", data=shared / "data/eval_fast")
+    assert code == 0 and "2,238 items, as many" in out, "questions about empty boxes are gone"
+
+
+def test_counts_that_differ_from_the_official_ones_are_named():
+    uids = ["regular_0_ops"] * 606 + ["regular_1_ops"] * 607 + ["regular_2_ops"] * 606 + ["regular_3_ops"] * 606 + ["regular_4_ops"] * 568
+    assert unlike_official(TASKS["entity_tracking"], "entity_tracking_fast", uids + ["regular_5_ops"] * 159) is None
+    assert unlike_official(TASKS["entity_tracking"], "entity_tracking_fast", uids) == (
+        "not the official entity_tracking_fast: 2,993 items instead of 3,152; regular_5_ops has 0 instead of 159")
+    told = unlike_official(TASKS["entity_tracking"], "entity_tracking_fast", uids + ["odd_0_ops"] * 159)
+    assert told == "not the official entity_tracking_fast: odd_0_ops has 159 instead of 0; regular_5_ops has 0 instead of 159"
+    assert unlike_official(TASKS["supplement"], "supplement_fast", ["a"] * 200 + ["b"] * 50).endswith("a has 200 instead of 50")
+    assert unlike_official(TASKS["blimp"], "my_own", ["a"]) is None
+    for name in ("principle_A_case_1", "complex_NP_island"):
+        assert name.lower() in TASKS["blimp"].sizes["blimp_filtered"]
+    for tasks in (TASKS, load_tasks("2026")):
+        for task in tasks.values():
+            for sizes in task.sizes.values():
+                named = [count for uid, count in sizes.items() if uid not in ("total", "*")] if isinstance(sizes, dict) else []
+                assert not named or sum(named) == sizes["total"], task.name
 
 
 def test_sets_that_are_absent_are_skipped_and_unknown_tasks_refused(model, score, tmp_path):
@@ -373,7 +414,7 @@ def test_sets_that_are_absent_are_skipped_and_unknown_tasks_refused(model, score
     code, out, _ = score(model, data=tmp_path / "empty")
     assert code == 0 and out.count("skipped: ") == len(TASKS)
     code, _, err = score(model, "--tasks", "blimp", "glimp")
-    assert code == 1 and "no such task: glimp; tasks.yaml has blimp, supplement" in err
+    assert code == 1 and "no such task: glimp; this suite has blimp, supplement" in err
     code, _, err = score(model, data=tmp_path / "nowhere")
     assert code == 1 and "no evaluation data at" in err
 
@@ -383,10 +424,10 @@ def test_a_packed_download_is_unpacked_once(score, tmp_path, data, kind):
     (tmp_path / "packed").mkdir()
     shutil.copytree(data, tmp_path / "packed/evaluation_data")
     archive = Path(shutil.make_archive(tmp_path / "download", kind, tmp_path / "packed"))
-    code, out, _ = score("--check_data", data=archive)
-    assert code == 0 and "unpacking" in out and "blimp_fast, 12 items" in out and "comps, 6 items" in out
-    code, out, _ = score("--check_data", data=archive)
-    assert code == 0 and "unpacking" not in out and "blimp_fast, 12 items" in out
+    _, out, _ = score("--check_data", data=archive)
+    assert "unpacking" in out and "blimp_fast, 12 items" in out and "comps, 6 items" in out
+    _, out, _ = score("--check_data", data=archive)
+    assert "unpacking" not in out and "blimp_fast, 12 items" in out
     broken = archive.with_name(f"broken{archive.suffix}")
     broken.write_bytes(archive.read_bytes()[: len(archive.read_bytes()) // 2])
     code, _, err = score("--check_data", data=broken)
@@ -404,14 +445,87 @@ def test_tasks_are_data(tmp_path):
     text = (ROOT / "eval/tasks.yaml").read_text()
     assert list(load_tasks()) == [task.name for task in choose_tasks(None, TASKS)]
     (tmp_path / "tasks.yaml").write_text(text.replace("chance: 20.0", "chanse: 20.0"))
-    with pytest.raises(UserError, match="tasks.yaml: chan"):
+    with pytest.raises(UserError, match="tasks.yaml: entity_tracking: chan"):
         load_tasks(tmp_path / "tasks.yaml")
+    with pytest.raises(UserError, match="no suite 2024: give 2025 or 2026"):
+        load_tasks("2024")
     (tmp_path / "tasks.yaml").write_text("mine:\n  title: Mine\n  sets: [mine]\n  folder: mine\n  uid: '{file}'\n  chance: 50\n"
                                          "  candidates: [{text: '{good}'}, {text: '{bad}'}]\n  source: me\n")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/x.jsonl").write_text('{"good": "a", "bad": "b"}\n')
     (task,) = load_tasks(tmp_path / "tasks.yaml").values()
     assert [item.texts for item in read_items(task, find_sets(task, tmp_path)[0])] == [("a", "b")]
+
+
+def test_the_tasks_of_2026_are_a_file_of_changes(model, score, tmp_path, data):
+    new = load_tasks("2026")
+    assert [name for name in TASKS if name not in new] == ["wug_past", "wug_adj"]
+    assert [name for name in new if name not in TASKS] == ["global_piqa_parallel", "global_piqa_nonparallel"]
+    assert new["blimp"] == TASKS["blimp"] and new["reading"] == TASKS["reading"]
+    places = {}
+    for name, task, rows in (
+            ("ewok_fast", "ewok", [{"Domain": "d", "ContextType": "direct", "Context1": "It is hot.", "Context2": "It is cold.",
+                                    "Target1": "The ice melts.", "Target2": "The ice stays."}]),
+            ("entity_tracking_fast", "entity_tracking", [{"numops": 0, "input_prefix": "Box 1 contains ", "options": options} for options in
+                                                         (["the cup.", "nothing."], ["the cup.", "the hat."])]),
+            ("global_piqa_parallel", "global_piqa_parallel", [{"example_id": f"eng_{n}", "prompt": "To dry a cup,", "label": n, **{
+                f"solution{k}": word for k, word in enumerate(("use a cloth", "use a towel and then the sun", "use water", "wait"))}}
+                                                              for n in (0, 3)])):
+        places[task] = tmp_path / "new" / name
+        places[task].mkdir(parents=True)
+        (places[task] / "eng_latn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (item,) = read_items(new["ewok"], places["ewok"])
+    assert (item.prefixes, item.texts) == (("It is hot.", "It is cold."), (" The ice melts.", " The ice melts."))
+    assert item.names == ("It is hot. The ice melts.", "It is cold. The ice melts.")
+    (old,) = read_items(TASKS["ewok"], places["ewok"])
+    assert (old.prefixes, old.texts) == (("It is hot.",) * 2, (" The ice melts.", " The ice stays.")) and old.names == old.texts
+    assert [item.texts for item in read_items(new["entity_tracking"], places["entity_tracking"])] == [("the cup.", "the hat.")]
+    assert len(read_items(TASKS["entity_tracking"], places["entity_tracking"])) == 2
+    code, out, err = score(model, "--suite", "2026", "--no-untrained", data=tmp_path / "new")
+    assert (code, err) == (0, "") and "2026 strict-small GPT-2 (official): ewok 50.63, entity_tracking 19.10, global_piqa 35.09" in out
+    folder = tmp_path / "results/tiny/main/zero_shot/causal/global_piqa_parallel/global_piqa_parallel"
+    predictions = read(folder, "predictions.json")
+    assert list(predictions) == ["eng_0", "eng_3"] and [len(entry["predictions"]) for entry in predictions.values()] == [1, 1]
+    rows = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    assert [row["gold"] for row in rows] == [0, 3] and rows[0]["scores"] == rows[1]["scores"]
+    tokenizer, lm = models.load_tokenizer(model), models.load_causal_lm(str(model)).eval()
+    (ids, scored) = completion_tokens(tokenizer, "To dry a cup,", " use a towel and then the sun")
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    mean = np.mean([logits[place - 1, ids[place]].item() for place in scored])
+    assert rows[0]["scores"][1] == pytest.approx(mean, abs=1e-4), "nats per token of the completion"
+    assert predictions["eng_0"]["predictions"][0]["pred"].startswith(" ")
+
+
+@pytest.mark.parametrize("backend, early", [("mlm", 0), ("mntp", 1)])
+def test_surprisals_of_masked_models_are_read_at_the_first_of_three_masks(shared, backend, early, tmp_path, in_process):
+    """Against a plain loop over the context with its masks, one forward pass per piece of a word."""
+    golden = shared / "data/golden/tinybert"
+    (tmp_path / "few/reading").mkdir(parents=True)
+    lines = (shared / "data/eval_fast/reading/reading_data.csv").read_text().split("\n")
+    (tmp_path / "few/reading/reading_data.csv").write_text("\n".join(lines[:41]) + "\n")
+    in_process("eval.zero_shot", golden, "--backend", backend, "--data", tmp_path / "few", "--tasks", "reading", "--output", tmp_path,
+               "--no-untrained")
+    found = read(tmp_path / "tinybert/main/zero_shot" / backend / "reading", "predictions.json")["reading"]["predictions"]
+    from transformers import AutoModelForMaskedLM
+
+    tokenizer, lm = models.load_tokenizer(golden), AutoModelForMaskedLM.from_pretrained(golden, dtype=torch.float32).eval()
+    several = 0
+    for row, entry in list(zip(reading.read_rows(tmp_path / "few/reading/reading_data.csv"), found, strict=True))[:12]:
+        context, total = row["item"], 0.0
+        pieces = tokenizer(row["word"], add_special_tokens=False).input_ids
+        several += len(pieces) > 1
+        for place, piece in enumerate(pieces):
+            ids = tokenizer(context + tokenizer.mask_token * 3).input_ids
+            first = ids.index(tokenizer.mask_token_id)
+            assert ids[first:first + 3] == [tokenizer.mask_token_id] * 3
+            text = tokenizer.decode([piece])
+            target = tokenizer(text, add_special_tokens=False).input_ids[0] if place else piece
+            with torch.no_grad():
+                total -= lm(input_ids=torch.tensor([ids])).logits[0, first - early].log_softmax(-1)[target].item()
+            context += text
+        assert entry["pred"] == pytest.approx(total, abs=1e-4)
+    assert several
 
 
 # ---- Continuing -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from babylm import models, training
-from babylm.config import StudentConfig, TeacherConfig, UserError, check
+from babylm.config import StudentConfig, TeacherConfig, UserError, check, milestone_name, milestone_words
 from babylm.distillation import Distiller, Teacher
 from babylm.run_folder import StopRequest
 from custom_dataset import EvalBlocks, TokenBlocks, open_store
@@ -254,7 +254,7 @@ def test_a_milestone_is_a_whole_model(one_process):
     (1_000_000, "chck_1M"), (100_000_000, "chck_100M"), (100_000, "chck_100K"), (1_500_000, "chck_1500K"), (1_234, "chck_1234"),
 ])
 def test_milestone_names_hold_no_dot(words, name):
-    assert training.milestone_name(words) == name
+    assert milestone_name(words) == name and milestone_words(name) == words
 
 
 def test_the_official_milestones_are_19_for_strict_small_and_28_for_strict():
