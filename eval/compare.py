@@ -31,9 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from babylm.config import UserError
 from babylm.run_folder import run_stage, write_json
+from custom_dataset import file_sha256
+from eval.reading import read_rows, scores
+from eval.reports import first_share
 
 LEVEL = 0.05  # a verdict is given where the corrected p is below
 READING_RESAMPLES = 1000  # at most: each is ten regressions on 1,700 rows
@@ -105,6 +109,23 @@ def read_items(path: Path) -> Items:
     return items
 
 
+def origin(folder: Path, name: str) -> dict[str, Any]:
+    """What the results of a set were made of, by the summary.json beside them: {"data": hashes of its files, "task": how it was
+    scored}; empty where there is none (results of the official pipeline)."""
+    path = folder / "summary.json"
+    entry = json.loads(path.read_text(encoding="utf-8"))["tasks"].get(name, {}) if path.is_file() else {}
+    return {key: entry["identity"][key] for key in ("data", "task") if "identity" in entry}
+
+
+def require_same_data(name: str, a: Path, b: Path) -> None:
+    """UserError where two folders <revision>/zero_shot/<backend> hold results of a set that were not made of the same files, or
+    not scored alike: minimal pairs of two sets can have the same ids and the same right answers."""
+    mine, theirs = origin(a, name), origin(b, name)
+    for key, what in (("data", "of different files of this set"), ("task", "scored by different rules (of another year's suite?)")):
+        if mine and theirs and mine[key] != theirs[key]:
+            raise UserError(f"{name}: the results in {a} and {b} are {what}, so they cannot be paired. Score both alike")
+
+
 def require_same_items(task: str, path_a: Path, a: Items, path_b: Path, b: Items) -> None:
     """Refuse to pair results on different items. UserError names the first difference.
 
@@ -129,10 +150,7 @@ def require_same_items(task: str, path_a: Path, a: Items, path_b: Path, b: Items
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """McNemar's exact test: two-sided binomial p of two counts that are alike if both models are equally often right."""
-    n, fewer = only_a + only_b, min(only_a, only_b)
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])  # log k!
-    k = np.arange(fewer + 1)
-    return float(min(1.0, 2 * np.exp(logs[n] - logs[k] - logs[n - k] - n * math.log(2)).sum()))
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(values: list[float | None]) -> list[float | None]:
@@ -225,16 +243,6 @@ def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.divide(covariance, spread, out=np.full(len(counts), np.nan), where=spread > 1e-9)
 
 
-def first_share(scores: list[float]) -> float:
-    """Share of the first candidate in the softmax over the candidates' scores (nats).
-
-    In single precision, as the official pipeline has it: shares that round to 1 there are ties there.
-    """
-    values = np.array(scores, dtype=np.float32)
-    values = np.exp(values - values.max())
-    return float(values[0] / values.sum())
-
-
 def bootstrap_rows(score: Callable[[np.ndarray], np.ndarray], rows: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """score(counts [R, rows]) of `resamples` draws of all rows with replacement, in chunks; stacked along the first axis."""
     sizes = [min(CHUNK, resamples - start) for start in range(0, resamples, CHUNK)]
@@ -248,12 +256,12 @@ def compare_accuracy(task: str, names: tuple[str, str], a: Items, b: Items, resa
     """A task whose items are right or wrong. UserError where an item of either says neither."""
     for name, items in zip(names, (a, b), strict=True):
         for (uid, key), item in items.items():
-            if not isinstance(item.get("correct"), bool):
-                raise UserError(f"{task}, {name}: item {key!r} of UID {uid!r} has \"correct\": {item.get('correct')!r}, neither true nor "
-                                "false; score this task again")
+            if not (isinstance(item.get("pred"), int) and isinstance(item.get("gold"), int)):
+                raise UserError(f"{task}, {name}: item {key!r} of UID {uid!r} has \"pred\": {item.get('pred')!r} and \"gold\": "
+                                f"{item.get('gold')!r}, no numbers of candidates; score this task again")
     right = {uid: [] for uid, _ in a}
     for key in a:
-        right[key[0]].append((a[key]["correct"], b[key]["correct"]))
+        right[key[0]].append((a[key]["pred"] == a[key]["gold"], b[key]["pred"] == b[key]["gold"]))
     answers = {uid: np.array(pairs, dtype=int) for uid, pairs in right.items()}  # [items, 2]
     weights = uid_weights([uid for uid, _ in a], task)
     score_a, score_b = (100 * sum(weight * answers[uid][:, side].mean() for uid, weight in weights.items()) for side in (0, 1))
@@ -290,8 +298,6 @@ def compare_reading(names: tuple[str, str], rows: list[dict[str, str]], a: np.nd
 
     Words of one sentence are not independent of each other, so whole sentences are drawn, not words.
     """
-    from eval.reading import scores
-
     sentences: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         sentences.setdefault(row["sent_id"], []).append(index)
@@ -314,7 +320,7 @@ def compare_reading(names: tuple[str, str], rows: list[dict[str, str]], a: np.nd
 def tested(result: Comparison, samples: np.ndarray, same: bool) -> Comparison:
     """Fill in interval and p from the scores of both models in each resample, [R, 2]."""
     if same:
-        result.low, result.high, result.p = 0.0, 0.0, 1.0
+        result.low, result.high, result.p, result.verdict = 0.0, 0.0, 1.0, "the same scores on every row"
     elif not np.isfinite(samples).all() or not math.isfinite(result.difference):
         result.verdict = "not tested: the score is undefined, on these items or on some resamples of them (all values alike)"
     else:
@@ -324,6 +330,21 @@ def tested(result: Comparison, samples: np.ndarray, same: bool) -> Comparison:
 
 
 # ---- All tasks, all pairs -------------------------------------------------------------------------------------------
+
+
+def reading_rows(path: Path, models: dict[str, Path]) -> list[dict[str, str]]:
+    """Rows of reading_data.csv, with their sentences. UserError if the models' surprisals are of another file."""
+    try:
+        rows = read_rows(path)
+    except OSError as error:
+        raise UserError(f"--reading {path}: {error.strerror}") from None
+    if "sent_id" not in rows[0]:
+        raise UserError(f"--reading {path}: not the reading data (it has no column sent_id)")
+    for name, folder in models.items():
+        made_of = origin(folder, "reading").get("data")
+        if made_of and made_of != [file_sha256(path)[:16]]:
+            raise UserError(f"--reading {path} is not the file that {name} was scored on: give that one, or score reading again")
+    return rows
 
 
 def read_reading(path: Path, rows: int) -> np.ndarray:
@@ -343,8 +364,8 @@ def verdict(comparison: Comparison, family: int) -> str:
     """In plain words, what the corrected p allows to say."""
     if comparison.verdict:
         return comparison.verdict
-    if comparison.low == comparison.high == 0:
-        return "right on the same items" if comparison.only_a == 0 else "the same scores on every row"
+    if comparison.only_a == comparison.only_b == 0:
+        return "right on the same items"
     if comparison.p_holm < LEVEL:
         return f"{comparison.b if comparison.difference > 0 else comparison.a} is better"
     if comparison.p < LEVEL:
@@ -372,7 +393,12 @@ def compare_all(models: dict[str, Path], resamples: int, seed: int, reading_csv:
     for task in (task for task in every if not lacking[task]):
         items = {name: read_items(files[name][task]) for name in models}
         compare = compare_wug if task.startswith("wug") else compare_accuracy
+        for name in models:
+            tied = np.mean([bool(item.get("tie")) for item in items[name].values()])
+            if tied > 0.01:
+                notes.append(f"{task}: {100 * tied:.1f} % of {name}'s answers are ties, which count as right, as officially")
         for a, b in pairs:
+            require_same_data(task.rsplit("/", 1)[-1], models[a], models[b])
             require_same_items(task, files[a][task], items[a], files[b][task], items[b])
             results.append(compare(task, (a, b), items[a], items[b], resamples, seed))
     predictions = {name: folder / "reading" / "predictions.json" for name, folder in models.items()}
@@ -382,7 +408,9 @@ def compare_all(models: dict[str, Path], resamples: int, seed: int, reading_csv:
     elif not without and reading_csv is None:
         notes.append("reading: not compared; give its data with --reading <data>/reading/reading_data.csv")
     elif not without:
-        rows = read_csv(reading_csv)
+        rows = reading_rows(reading_csv, models)
+        for a, b in pairs:
+            require_same_data("reading", models[a], models[b])
         values = {name: read_reading(path, len(rows)) for name, path in predictions.items()}
         if resamples > READING_RESAMPLES:
             notes.append(f"reading: {READING_RESAMPLES:,} resamples (of sentences), as each takes regressions")
@@ -397,20 +425,6 @@ def compare_all(models: dict[str, Path], resamples: int, seed: int, reading_csv:
     if 2 * family / (resamples + 1) >= LEVEL:
         notes.append(f"{family} comparisons and {resamples:,} resamples: no corrected p can be below {LEVEL}; give more --resamples")
     return results, notes
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of the reading data."""
-    import csv
-
-    try:
-        with open(path, encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-    except OSError as error:
-        raise UserError(f"--reading {path}: {error.strerror}") from None
-    if not rows or "sent_id" not in rows[0]:
-        raise UserError(f"--reading {path}: not the reading data (it has no column sent_id)")
-    return rows
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------

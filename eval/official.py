@@ -391,7 +391,7 @@ def read_gaps(file: Path, margin: float) -> dict[tuple[str, str], float]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             item = json.loads(line)
-            if "scores" in item:  # those of reading have none: nothing is chosen there
+            if item["pred"] is not None:  # nothing is chosen in reading times
                 best = sorted(map(float, item["scores"]))[-2:]
                 gap = best[-1] - best[0]
                 gaps[item["uid"], str(item["id"])] = 0.0 if item["tie"] or gap <= margin else gap

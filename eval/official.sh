@@ -27,7 +27,7 @@ while (($#)); do
     --venv) venv=$(absolute "${2:?--venv needs a folder}"); shift 2 ;;
     --requirements) requirements=$(absolute "${2:?--requirements needs a file}"); shift 2 ;;
     --python) python=$(absolute "${2:?--python needs a file}"); shift 2 ;;
-    --ours | --hub | --revisions | --tolerance | --tie-margin) options+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
+    --ours | --hub | --data | --backend | --revisions | --tolerance | --tie-margin) options+=("$1" "${2:?$1 needs a value}"); shift 2 ;;
     -*) options+=("$1"); shift ;;
     *) places+=("$1"); shift ;;
   esac

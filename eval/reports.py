@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy import stats
+from scipy import special, stats
 
 from babylm.run_folder import write_json, write_text
 from eval import reading
@@ -53,9 +53,11 @@ def accuracy(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]], 
 
 
 def first_share(scores: Sequence[float]) -> float:
-    """Softmax over the candidates' log-probabilities: what falls to the first."""
-    weights = np.exp(np.asarray(scores) - np.max(scores))
-    return float(weights[0] / weights.sum())
+    """Softmax over the candidates' log-probabilities: what falls to the first.
+
+    In single precision, as the official pipeline has it: shares that round to 1 are ties for its rank correlation.
+    """
+    return float(special.softmax(np.asarray(scores, dtype=np.float32))[0])
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:

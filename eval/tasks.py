@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from babylm.config import UserError
 from babylm.run_folder import folder_written_whole, is_whole
+from custom_dataset import file_sha256
 
 SUITES = {"2025": Path(__file__).with_name("tasks.yaml"), "2026": Path(__file__).with_name("tasks_2026.yaml")}
 
@@ -152,11 +153,28 @@ def open_data(path: Path) -> Path:
 
 def find_sets(task: Task, data: Path) -> list[Path]:
     """The folders of a task's sets that exist under a data path, or under its fast_eval/ or full_eval/, or in these of the one
-    folder that an archive holds."""
+    folder that an archive holds. A set that lies in several of them (the challenge's WUG and reading times do) is named once.
+
+    Raises:
+        UserError: folders of one name with different content, whose results would overwrite each other.
+    """
     inner = [path for path in data.iterdir() if path.is_dir()]
     roots = [data, *inner] if len(inner) == 1 else [data]
     places = [place for root in roots for place in (root, root / "full_eval", root / "fast_eval")]
-    return [place / name for name in task.sets for place in places if (place / name).is_dir()]
+    found = []
+    for name in task.sets:
+        first, *others = [place / name for place in places if (place / name).is_dir()] or [None]
+        for other in others:
+            if [*data_files(first).values()] != [*data_files(other).values()]:
+                raise UserError(f"{first} and {other} are different sets of one name, and their results would lie in one folder: give "
+                                "the one of them as --data, or each with an --output of its own")
+        found += [first] if first else []
+    return found
+
+
+def data_files(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of the files of a set that are read."""
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.suffix in (".jsonl", ".csv")}
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

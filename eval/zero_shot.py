@@ -31,7 +31,7 @@ from babylm.run_folder import run_stage, write_json
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from eval import reading, reports
 from eval.scorer import BATCH_TOKENS, Request, Scorer
-from eval.tasks import SUITES, Item, Task, choose_tasks, find_sets, load_tasks, open_data, read_items, unlike_official
+from eval.tasks import SUITES, Item, Task, choose_tasks, data_files, find_sets, load_tasks, open_data, read_items, unlike_official
 
 BACKENDS = ("causal", "mlm", "mntp")
 
@@ -218,15 +218,15 @@ def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], bac
                 untrained: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Score one checkpoint on some sets. Returns ({set: summary}, problems); a set with bad data costs the others nothing."""
     summary_file = output / "zero_shot" / backend / "summary.json"
-    known = json.loads(summary_file.read_text(encoding="utf-8"))["tasks"] if summary_file.is_file() and not options["fresh"] else {}
+    known = json.loads(summary_file.read_text(encoding="utf-8"))["tasks"] if summary_file.is_file() else {}
     tokenizer = models.load_tokenizer(path)
-    weights = "untrained" if untrained else models.weights_fingerprint(str(path))
+    weights = f"untrained {file_sha256(path / 'config.json')}" if untrained else models.weights_fingerprint(str(path))
     scorer, problems, found = None, [], {}
     for task, data in sets:
-        files = sorted(file for file in data.iterdir() if file.suffix in (".jsonl", ".csv"))
-        identity = {"weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer), "data": [file_sha256(file)[:16] for file in files],
+        identity = {"weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer),
+                    "data": [content[:16] for content in data_files(data).values()],
                     "task": task.model_dump(exclude={"title", "source", "sizes", "chance"}), "bf16": options["bf16"]}
-        if known.get(data.name, {}).get("identity") == identity:
+        if known.get(data.name, {}).get("identity") == identity and not options["fresh"]:
             found[data.name] = known[data.name]
             continue
         if scorer is None:

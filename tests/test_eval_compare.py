@@ -6,14 +6,14 @@ import math
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from babylm.config import UserError
-from eval import compare
+from eval import compare, reports
+from eval.reading import CONTROLS, EYE_TRACKING, SELF_PACED, TEXTS
 
 ROOT = Path(compare.__file__).parents[1]
 
@@ -152,9 +152,9 @@ def test_spearman_of_a_resample_is_that_of_its_rows():
 
 
 def test_first_share_is_single_precision():
-    assert compare.first_share([-1.0, -1.0]) == 0.5
-    assert compare.first_share([-1000.0, -1000.0 - math.log(3)]) == pytest.approx(0.75, abs=1e-5)
-    assert compare.first_share([0.0, -18.0]) == compare.first_share([0.0, -20.0]) == 1.0  # a tie there, not in double precision
+    assert reports.first_share([-1.0, -1.0]) == 0.5
+    assert reports.first_share([-1000.0, -1000.0 - math.log(3)]) == pytest.approx(0.75, abs=1e-5)
+    assert reports.first_share([0.0, -18.0]) == reports.first_share([0.0, -20.0]) == 1.0  # a tie there, not in double precision
 
 
 def test_the_official_rho(shared):
@@ -178,6 +178,29 @@ def test_the_score_is_the_plain_mean_over_uids(model, call):
     (row,) = out["comparisons"]
     assert (row["score_a"], row["score_b"], row["difference"]) == pytest.approx((45, 70, 25))  # by items: 81.8 and 86.4
     assert (row["items"], row["only_a"], row["only_b"], row["p_mcnemar"]) == (110, 0, 5, 0.0625)
+
+
+def test_ties_count_as_right_as_officially_and_are_told(model, call):
+    """The first of equals is the right one; a model that always answers the same must not pass unnoticed."""
+    a, b = answers([1] * 50 + [0] * 50), answers([1] * 90 + [0] * 10)
+    for line in b[50:90]:
+        line |= {"scores": [-1.0, -1.0], "tie": True, "correct": False}
+    out, said = call(model("A", {"blimp/x": a}), model("B", {"blimp/x": b}))
+    (row,) = out["comparisons"]
+    assert (row["score_a"], row["score_b"]) == (50, 90) and "blimp/x: 40.0 % of B's answers are ties" in said and "of A's" not in said
+
+
+@pytest.mark.parametrize(("key", "message"), [("data", "of different files of this set"), ("task", "scored by different rules")])
+def test_results_of_other_data_or_rules_are_not_paired(model, call, key, message):
+    """The ids and right answers of two halves of a set of minimal pairs are the same."""
+    a, b = (model(name, {"blimp/x": answers([1, 0, 1])}) for name in "AB")
+    for folder, value in ((a, "one"), (b, "other")):
+        identity = {"data": ["same"], "task": "same", key: value}
+        (folder / "main/zero_shot/causal/summary.json").write_text(json.dumps({"tasks": {"x": {"identity": identity}}}))
+    with pytest.raises(UserError, match=f"x: the results in .* are {message}"):
+        call(a, b)
+    (b / "main/zero_shot/causal/summary.json").unlink()  # results of the official pipeline have none
+    call(a, b)
 
 
 def test_entity_tracking_is_the_mean_over_splits(model, call):
@@ -207,6 +230,7 @@ def test_wug_is_rho_over_all_rows(model, call):
     assert row["low"] > 0 and row["p"] < 0.01 and row["verdict"] == "B is better" and row["only_a"] is None
     (row,) = call(b, c)[0]["comparisons"]  # other shares in the same order: the same rho, in every resample
     assert (row["difference"], row["low"], row["high"], row["p"]) == pytest.approx((0, 0, 0, 1), abs=1e-9)
+    assert row["verdict"] == "no difference that these items can show"
 
 
 def test_a_score_that_is_undefined_is_said_to_be(model, call):
@@ -307,7 +331,7 @@ def test_the_order_of_the_items_does_not_matter(model, call):
     ("{", "line 3: no item of ours"), ('{"uid": "u"}', "line 3: no item of ours"),
     ('{"uid": "u", "id": "u_0", "scores": [1, 2]}', "line 3: item 'u_0' of 'u' is there a second time"),
     ('{"uid": "u", "id": "u_2", "scores": [NaN, 1]}', "line 3: a score of item 'u_2' is not finite"),
-    ('{"uid": "u", "id": "u_2", "scores": [0, 1], "gold": 0, "correct": null}', "item 'u_2' of UID 'u' has \"correct\": None"),
+    ('{"uid": "u", "id": "u_2", "scores": [0, 1], "gold": 0, "pred": null}', "item 'u_2' of UID 'u' has \"pred\": None"),
 ])
 def test_a_damaged_line_is_named(model, call, line, message):
     a, b = (model(name, {"blimp/x": answers([1, 0])}) for name in "AB")
@@ -347,21 +371,14 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 
 @pytest.fixture
-def reading(model, tmp_path, monkeypatch):
-    """Two models with reading predictions -> (their folders, CSV); the score functions are stand-ins, a correlation with `rt`."""
+def reading(model, tmp_path):
+    """Two models with reading predictions -> (their folders, CSV): all measured times are alike, and B's surprisal is close to them."""
     rng = np.random.default_rng(0)
     rt = rng.normal(size=120)
     file = tmp_path / "reading_data.csv"
-    file.write_text("sent_id,rt\n" + "".join(f"{n // 6},{value}\n" for n, value in enumerate(rt)))
-
-    def scores(rows, pred, prev_pred):
-        assert len(rows) == len(pred) == len(prev_pred)
-        times = [float(row["rt"]) for row in rows]
-        return {"eye_tracking": 100 * np.corrcoef(times, pred)[0, 1] ** 2, "self_paced": 100 * np.corrcoef(times, -pred)[0, 1] ** 2}
-
-    module = types.ModuleType("eval.reading")
-    module.scores = scores
-    monkeypatch.setitem(sys.modules, "eval.reading", module)
+    columns = ["sent_id", *TEXTS, *CONTROLS, "prev_length", *EYE_TRACKING, SELF_PACED]
+    lines = [[n // 6, *"abcd", *rng.random(4), *[value] * 5] for n, value in enumerate(rt)]
+    file.write_text("\n".join(",".join(map(str, line)) for line in [columns, *lines]) + "\n")
     folders = []
     for name, noise in (("A", 5.0), ("B", 0.2)):
         folder = model(name, {"blimp/x": answers([1, 0])})
@@ -374,7 +391,7 @@ def reading(model, tmp_path, monkeypatch):
     return folders, file
 
 
-def test_reading_is_compared_where_its_data_are_given(reading, call):
+def test_reading_is_compared_where_its_data_are_given(reading, call, monkeypatch):
     folders, file = reading
     out, said = call(*folders)
     assert len(out["comparisons"]) == 1 and "give its data with --reading" in said
@@ -382,19 +399,30 @@ def test_reading_is_compared_where_its_data_are_given(reading, call):
     rows = {row["task"]: row for row in out["comparisons"]}
     assert list(rows) == ["blimp/x", "reading (eye tracking)", "reading (self-paced)"]
     assert rows["reading (eye tracking)"]["verdict"] == "B is better" and rows["reading (eye tracking)"]["only_a"] is None
-    assert "1,000 resamples" in call(*folders, "--reading", file)[1]
+    monkeypatch.setattr(compare, "READING_RESAMPLES", 50)
+    assert "reading: 50 resamples (of sentences)" in call(*folders, "--reading", file)[1]
 
 
 def test_reading_of_other_data_is_refused(reading, call, tmp_path):
     folders, file = reading
-    file.write_text("\n".join(file.read_text().splitlines()[:-1]))
+    whole = file.read_text()
+    file.write_text("\n".join(whole.splitlines()[:-1]))
     with pytest.raises(UserError, match="has 120 predictions, but --reading has 119 rows"):
         call(*folders, "--reading", file)
     with pytest.raises(UserError, match="No such file"):
         call(*folders, "--reading", tmp_path / "nowhere.csv")
     file.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="lacks the columns RTfirstfix"):
+        call(*folders, "--reading", file)
+    file.write_text(whole.replace("sent_id", "sentence"))
     with pytest.raises(UserError, match="no column sent_id"):
         call(*folders, "--reading", file)
+    file.write_text(whole)
+    summary = folders[1] / "main" / "zero_shot" / "causal" / "summary.json"
+    summary.write_text(json.dumps({"tasks": {"reading": {"identity": {"data": ["another"], "task": {}}}}}))
+    with pytest.raises(UserError, match="is not the file that B was scored on"):
+        call(*folders, "--reading", file)
+    summary.unlink()
     (folders[1] / "main" / "zero_shot" / "causal" / "reading" / "predictions.json").unlink()
     assert "reading: not compared, missing in B" in call(*folders)[1]
 

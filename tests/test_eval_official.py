@@ -87,7 +87,7 @@ def score_ours(root, results):
             scores = sentence_logprobs(model, tokenizer, [text for pair in pairs for text in pair]).reshape(-1, 2)
             chosen = scores.argmax(1)
             predictions[uid] = [{"id": f"{uid}_{n}", "pred": pair[chosen[n]]} for n, pair in enumerate(pairs)]
-            items += [{"uid": uid, "id": f"{uid}_{n}", "scores": list(scores[n]), "tie": False} for n in range(len(pairs))]
+            items += [{"uid": uid, "id": f"{uid}_{n}", "scores": list(scores[n]), "pred": 0, "tie": False} for n in range(len(pairs))]
             accuracy[uid] = 100 * (chosen == 0).mean()
         report = "\n".join(["### UID ACCURACY", *(f"{uid}: {value:.2f}" for uid, value in accuracy.items()), "", "### AVERAGE ACCURACY",
                             f"{sum(accuracy.values()) / len(accuracy):.2f}"])
@@ -385,7 +385,7 @@ def both(tmp_path):
             predictions = {}
             for (uid, key), text in zip(keys, texts, strict=False):
                 predictions.setdefault(uid, []).append({"id": key, "pred": text})
-            items = [{"uid": uid, "id": key, "scores": [-10.0, -10.0 - gap], "tie": key in tie} for uid, key in keys]
+            items = [{"uid": uid, "id": key, "scores": [-10.0, -10.0 - gap], "pred": 0, "tie": key in tie} for uid, key in keys]
             write_result(tmp_path / side / "main" / "zero_shot" / "causal" / "blimp" / "set", predictions, REPORT.format(*scores),
                          items if side == "ours" else None)
         return tmp_path / "theirs", tmp_path / "ours"
@@ -461,12 +461,18 @@ def test_reading_is_compared_to_a_tolerance(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError):
             call(monkeypatch, "compare", theirs, write("ours", pred, prev))
     assert "reading / 0: prev_pred nan in theirs, 3.0 in ours" in capsys.readouterr().out
+    # What we write of reading times holds two surprisals of a word, and no candidates: they are never a tie.
+    (tmp_path / "ours/main/zero_shot/causal/reading/items.jsonl").write_text(
+        json.dumps({"uid": "reading", "id": 0, "scores": [11.0, 11.0], "pred": None, "gold": None, "correct": None, "tie": False}) + "\n")
+    with pytest.raises(UserError):
+        call(monkeypatch, "compare", theirs, write("ours", 12.4, math.nan), "--tie-margin", "1")
+    assert "tie:" not in capsys.readouterr().out
 
 
 def test_damaged_files_are_named(both, monkeypatch):
     theirs, ours = both("xyxy", "xyxy")
     place = Path("main", "zero_shot", "causal", "blimp", "set")
-    (ours / place / "items.jsonl").write_text('{"uid": "a", "id": "a_0", "scores": [1, 2], "tie": false}\n{"uid"\n')
+    (ours / place / "items.jsonl").write_text('{"uid": "a", "id": "a_0", "scores": [1, 2], "pred": 0, "tie": false}\n{"uid"\n')
     with pytest.raises(UserError, match="items.jsonl, line 2: no item of ours"):
         call(monkeypatch, "compare", theirs, ours)
     (theirs / place / "predictions.json").write_text('{"a": {"predictions": [{"id": "a_0", "pred": "x"}, {"id": "a_0", "pred": "y"}]}}')

@@ -171,7 +171,7 @@ def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(mod
         "predictions.json", "prediction.jsonl", "predictive_power.jsonl", "predictive_power_spillover.jsonl", "correlations.txt",
         "report.txt", "items.jsonl"}
     for items in folder.rglob("items.jsonl"):  # eval.official reads them all, those of reading times too
-        assert len(read_gaps(items, 1e-4)) == len(items.read_text().splitlines())
+        assert len(read_gaps(items, 1e-4)) == (0 if items.parent.name == "reading" else len(items.read_text().splitlines()))
     summary = read(folder)
     assert (summary["model"], summary["revision"], summary["backend"]) == ("tiny", "main", "causal")
     assert len(summary["tasks"]) == 8
@@ -540,6 +540,29 @@ def test_what_is_scored_is_not_scored_again_unless_the_model_or_the_data_changed
     assert "tiny main  blimp_fast" in out
     _, out, _ = score(model, "--tasks", "blimp", "--no-untrained", "--fresh")
     assert "tiny main  blimp_fast" in out
+    assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"blimp_fast", "supplement_fast"}, "others are kept"
+
+
+def test_the_untrained_row_follows_the_config(model, score, tmp_path, teachers):
+    score(model, "--tasks", "supplement")
+    before = read(tmp_path / "results/tiny/untrained/zero_shot/causal")["tasks"]["supplement_fast"]["identity"]
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
+    score(model, "--tasks", "supplement")
+    assert read(tmp_path / "results/tiny/untrained/zero_shot/causal")["tasks"]["supplement_fast"]["identity"] != before
+
+
+def test_a_set_in_both_folders_is_scored_once_and_two_that_differ_are_refused(score, model, tmp_path, data):
+    """The challenge's full_eval/ and fast_eval/ both hold the WUG sets and the reading times."""
+    both = Path(shutil.copytree(data, tmp_path / "both"))
+    shutil.copytree(both / "fast_eval/wug_past_tense", both / "full_eval/wug_past_tense")
+    assert [path.parent.name for path in find_sets(TASKS["wug_past"], both)] == ["full_eval"]
+    _, out, _ = score(model, "--tasks", "wug_past", "--no-untrained", data=both)
+    assert out.count("tiny main  wug_past_tense") == 1
+    with (both / "full_eval/wug_past_tense/wug_past_tense.jsonl").open("a") as stream:
+        stream.write('{"sentences": "a\\tb", "ratio": 1}\n')
+    code, _, err = score(model, "--tasks", "wug_past", data=both)
+    assert code == 1 and "are different sets of one name" in err
 
 
 def test_a_killed_evaluation_goes_on_with_the_texts_that_are_left(model, data, tmp_path):
