@@ -155,7 +155,7 @@ def main(argv=None) -> int:
     parser.add_argument("--results", nargs="+", metavar="results/NAME", help="instead of runs: scores over words seen, and a table")
     parser.add_argument("--models", default="models", help="with --results: folder of the runs, for the words they saw (default: models)")
     parser.add_argument("--x", choices=("steps", "words", "time"), default="words", help="default: words")
-    parser.add_argument("--metrics", default=DEFAULT, help=f"comma-separated, any logged name (default: {DEFAULT})")
+    parser.add_argument("--metrics", help=f"comma-separated, any logged name (default: {DEFAULT}, and scores.<set> of training.eval_tasks)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of the last N training points")
     parser.add_argument("--output", type=Path, default=Path("figures"), help="folder; default: figures")
     parser.add_argument("--width", type=float, choices=(3.3, 6.8), default=3.3, help="inches: one column or the page")
@@ -168,7 +168,6 @@ def main(argv=None) -> int:
         parser.error("give run folders (models/NAME ...), or --results results/NAME ...")
     if args.results:
         return draw_results(args.results, args.models, args.output, 6.8)
-    metrics = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
 
     # ------------------------------------------------------------ 2. read the runs
     runs = [load_metrics(folder) for folder in dict.fromkeys(folder.rstrip("/") for folder in args.folders)]
@@ -179,6 +178,9 @@ def main(argv=None) -> int:
         for problem in run.problems:
             print(f"warning: {run.name}: {problem}", file=sys.stderr)
     kept = [run for run in runs if run.train or run.evals or run.scores is not None]
+    named = [name.strip() for name in (args.metrics or DEFAULT).split(",") if name.strip()]
+    at_milestones = [f"scores.{name}" for run in kept for row in run.scored for name in row["scores"]] if args.metrics is None else []
+    metrics = list(dict.fromkeys([*named, *at_milestones]))
 
     # ------------------------------------------------------------ 3. draw
     figures = {name: curve_figure(kept, [name], args.x, args.width, args.smooth, args.log_y) for name in metrics}

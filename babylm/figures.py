@@ -46,6 +46,7 @@ class Run:
     name: str
     train: list[dict] = field(default_factory=list)
     evals: list[dict] = field(default_factory=list)
+    scored: list[dict] = field(default_factory=list)      # at milestones: {"scores": {set: its score}, ...} (training.eval_tasks)
     milestones: dict[str, dict] = field(default_factory=dict)
     scores: dict | None = None
     finished: bool = False
@@ -80,8 +81,11 @@ def load_metrics(folder) -> Run:
             run.problems.append(f"{path}:{count}: {'not a JSON object' if lines[count:] else 'cut short'}, skipped")
         elif row.get("kind") == "milestone":
             run.milestones[str(row.get("name")).removeprefix("chck_")] = row
-        elif row.get("kind") in ("train", "eval"):
-            rows = run.train if row["kind"] == "train" else run.evals
+        elif row.get("kind") in ("train", "eval", "scores"):
+            rows = {"train": run.train, "eval": run.evals, "scores": run.scored}[row["kind"]]
+            if row["kind"] == "scores":
+                tasks = row.get("tasks") if isinstance(row.get("tasks"), dict) else {}
+                row = {**row, "scores": {name: entry.get("score") for name, entry in tasks.items() if isinstance(entry, dict)}}
             # A resumed run repeats the steps after its last checkpoint: what it logged last is what counts.
             while rows and number(rows[-1].get("step")) >= number(row.get("step")):
                 rows.pop()
@@ -101,7 +105,7 @@ def load_metrics(folder) -> Run:
 def points(run, metric, x="words", window=1, log=False) -> dict:
     """{"train": (x, y), "validation": (x, y)}, each if it has a finite value; gaps are NaN, train is a running mean."""
     found, (outer, _, inner) = {}, metric.partition(".")                   # ce_by_domain.childes looks inside
-    for kind, rows, width in (("train", run.train, window), ("validation", run.evals, 1)):
+    for kind, rows, width in (("train", run.train, window), ("validation", run.scored if outer == "scores" else run.evals, 1)):
         values = []
         for row in rows:
             table, key = (row[outer], inner) if isinstance(row.get(outer), dict) else (row, metric)
@@ -189,7 +193,8 @@ def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> se
             if place[0] - 0.02 * end <= where <= place[-1] + 0.02 * end:   # on the validation curve where it reaches
                 spots[index, name] = (where, float(np.interp(where, place, y)))
     ax.margins(y=0.09)
-    ax.set(xlabel=x_label, ylabel=LABELS.get(metric, metric), xlim=(-0.02 * end, 1.04 * end), yscale=SCALES[log_y])
+    label = metric.replace("scores.", "score: ").replace("_", " ") if metric.startswith("scores.") else LABELS.get(metric, metric)
+    ax.set(xlabel=x_label, ylabel=label, xlim=(-0.02 * end, 1.04 * end), yscale=SCALES[log_y])
     train, validation = ([v for found in drawn if kind in found for v in found[kind][1] if v < 1e300] for kind in KINDS)
     low, high = min(train + validation, default=1), max(train + validation, default=1)
     _ticks(ax.xaxis, 0, end)
@@ -330,8 +335,14 @@ class Results:
         return "main" if "main" in self.tables else next(reversed(self.words), None)
 
     def curve(self, name) -> np.ndarray:
-        """[points, 3]: words seen, score and its standard error of one set, in the order of words."""
-        found = [(self.words[revision], table[name]) for revision, table in self.tables.items() if revision in self.words and name in table]
+        """[points, 3]: words seen, score and its standard error of one set, in the order of words.
+
+        The milestone of the last step is the final model by another name (its words are the mark that this step passed): it is
+        left out where the final model has a score.
+        """
+        end = self.words.get("main", 0) if name in self.tables.get("main", {}) else 0
+        found = [(self.words[revision], table[name]) for revision, table in self.tables.items() if revision in self.words and name in table
+                 and (revision == "main" or abs(self.words[revision] - end) > 0.005 * end)]
         return np.array(sorted((words, number(row["score"]), number(row["se"])) for words, row in found)).reshape(-1, 3)
 
 
@@ -344,7 +355,8 @@ def load_results(folder, models="models") -> list[Results]:
     files = sorted(folder.glob("*/zero_shot/*/summary.json"))
     for revision in sorted(folder.glob("*/")):
         known = revision.name in ("main", "untrained") or milestone_words(revision.name)
-        if known and not any(revision in file.parents for file in files):
+        only_glue = (revision / "finetune").is_dir() and not (revision / "zero_shot").is_dir()
+        if known and not only_glue and not any(revision in file.parents for file in files):
             problems.append(f"{revision} holds no zero_shot/<backend>/summary.json: not scored to the end of one set yet, not drawn")
     for file in files:
         revision, backend = file.parents[2].name, file.parent.name
@@ -368,15 +380,17 @@ def load_results(folder, models="models") -> list[Results]:
             if math.isnan(seen):
                 problems.append(f"{finished} does not say how many words {folder.name} has seen: its final score is drawn "
                                 + ("at its last milestone" if last else "nowhere; give the folder of its run with --models"))
-            # The milestone of the last step is the final model by another name; its words are the mark that this step passed.
             if not math.isnan(seen) or last:
-                end = last if math.isnan(seen) else seen
-                placed = {**{revision: words for revision, words in placed.items() if abs(words - end) > 0.005 * end}, "main": end}
+                placed["main"] = last if math.isnan(seen) else seen
         results.words = dict(sorted(placed.items(), key=lambda pair: pair[1]))
-        sets = {name for table in results.tables.values() for name in table}
-        for name in sorted(sets):
-            if gaps := [revision for revision, table in results.tables.items() if name not in table]:
-                problems.append(f"{results.name}: {name} is not scored at {', '.join(sorted(gaps))}")
+        missing: dict[tuple, list[str]] = {}                   # sets that are missing at the same revisions share a line
+        for name in sorted({name for table in results.tables.values() for name in table}):
+            gaps = tuple(revision for revision in ["untrained", *results.words] if name not in results.tables.get(revision, {name: None}))
+            missing.setdefault(gaps, []).append(name)
+        for gaps, names in missing.items():
+            if gaps:
+                some = ", ".join(gaps[:3]) + (f" and {len(gaps) - 3} more" if len(gaps) > 3 else "")
+                problems.append(f"{results.name}: {', '.join(names)} not scored at {some}")
     if not files and not problems:
         problems.append(f"{folder} holds no scores" if folder.is_dir() else f"{folder}: no such folder")
     several = list(found.values()) or [Results(folder, folder.name)]

@@ -102,16 +102,21 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def _run_of(path: str) -> Path | None:
-    """The finished run that a model folder belongs to: itself, or what holds it where it is a milestone (then the run has seen
-    at least as much); None for checkpoints without a record and for hub names."""
+    """The finished run that a model folder belongs to: itself, or what holds it where it is a milestone; None for checkpoints without
+    a record and for hub names."""
     folder = Path(path)
     return next((root for root in (folder, folder.parent if folder.name.startswith("chck_") else folder) if read_finished(root)), None)
 
 
 def _helper(path: str) -> dict[str, Any]:
-    """A base or teacher and its ledger; None without a record."""
+    """A base or teacher and its ledger; None without a record. A milestone has seen what its run had by then."""
     root = _run_of(path)
-    return {"path": path, "ledger": read_finished(root).get("ledger") if root else None}
+    ledger = read_finished(root).get("ledger") if root else None
+    if ledger and root != Path(path):
+        lines = (root / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["kind"] == "milestone" and row["name"] == Path(path).name]
+        ledger |= {"words_seen": rows[-1]["words"], "words_before_last_step": rows[-1]["words"]} if rows else {}
+    return {"path": path, "ledger": ledger}
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,9 @@ def accounts(ledger: dict[str, Any], what: str = "this model", role: str = "this
     """
     if absent := [key for key in LEDGER_KEYS if key not in ledger]:
         return [Account(what, role, missing=f"its record does not say {', '.join(absent)} (an older version wrote it): train it again")]
-    seen, before = (ledger["words_seen"], ledger["words_before_last_step"]) if own else (0, 0)
+    # Only the run itself may end with the step that reaches a limit: what its base had seen, it had seen before.
+    last = ledger["words_before_last_step"] if role == "this model" else ledger["words_seen"]
+    seen, before = (ledger["words_seen"], last) if own else (0, 0)
     rows = [Account(f"{what}: corpus", role, ledger["corpus_words"], ledger["corpus_sha256"], seen, before)]
     tokenizer, generated = ledger["tokenizer"], ledger["generated_words"]
     rows.append(Account(f"{what}: tokenizer {tokenizer['source']}", "tokenizer", tokenizer["words"], tokenizer["sha256"]))
@@ -167,7 +174,7 @@ def verdict(rows: list[Account]) -> tuple[str, dict[str, list[str]]]:
     """
     texts: dict[str, list[Account]] = {}
     for row in rows:
-        if row.words is not None and row.before:
+        if row.words is not None and row.seen:
             texts.setdefault(row.sha256 or row.what, []).append(row)
     outside = [f"{row.what}: its training text is unknown, and its {BRINGS[row.role]} it into the budget"
                for row in rows if row.words is None and not row.missing]

@@ -91,6 +91,15 @@ def test_words_that_the_base_has_seen_are_repeats_and_those_of_a_teacher_are_not
     assert sum(row.seen for row in accounts(base_of_teacher)) == 50 * MILLION
 
 
+def test_short_runs_one_on_another_do_not_each_have_a_last_step():
+    """Ten epochs, then runs of a single step: only the model's own last step may pass a limit."""
+    chain = ledger(seen=90 * MILLION, before=90 * MILLION - 1000)
+    assert verdict(accounts(chain))[0] == "legal for strict-small"
+    for _ in range(3):
+        chain = ledger(seen=1000, before=0, base=chain)
+        assert verdict(accounts(chain))[0] == "research only"
+
+
 def test_equal_texts_count_once_and_others_add_up():
     assert text_in_all(accounts(ledger(teachers=[ledger(), ledger(corpus="b", words=MILLION)], generated=500))) == 10 * MILLION + 500
 
@@ -167,7 +176,9 @@ def test_a_base_is_followed_and_one_without_a_record_is_outside(run, student, te
 def test_a_milestone_is_followed_to_its_run(student, run):
     folder, record = student
     _, taught = run("train_student", "early", f"distillation.teacher={folder / 'chck_50'}", "distillation.alpha=0.5")
-    assert taught["teachers"][0]["ledger"] == record
+    milestone = json.loads(next(line for line in (folder / "run/metrics.jsonl").read_text().splitlines() if '"chck_50"' in line))
+    by_then = {"words_seen": milestone["words"], "words_before_last_step": milestone["words"]}
+    assert taught["teachers"][0]["ledger"] == {**record, **by_then} and 50 <= milestone["words"] < record["words_seen"]
 
 
 def test_a_tokenizer_is_believed_only_with_its_own_fingerprint(student, small, tokenizer):

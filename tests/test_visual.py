@@ -349,6 +349,28 @@ def test_a_curve_is_in_the_order_of_words_and_ends_with_the_final_model(scored_m
     assert run.final == "main" and run.problems == []
 
 
+def test_the_last_milestone_stays_on_curves_that_the_final_model_has_no_part_in(scored_model, tmp_path):
+    """The official protocol: fast sets at milestones, full ones for the final model."""
+    fast = {f"chck_{n}M": {"blimp_fast": entry(50 + n), "both": entry(n)} for n in (1, 2, 3)}
+    (run,) = figures.load_results(scored_model("a", {**fast, "main": {"blimp_filtered": entry(60), "both": entry(9)}}, words=3_000_321),
+                                  tmp_path / "models")
+    assert run.curve("blimp_fast")[:, 0].tolist() == [1e6, 2e6, 3e6] and run.curve("blimp_filtered").tolist() == [[3_000_321, 60, 1]]
+    assert run.curve("both")[:, :2].tolist() == [[1e6, 1], [2e6, 2], [3_000_321, 9]]
+    assert run.problems == ["a: blimp_fast not scored at main", "a: blimp_filtered not scored at chck_1M, chck_2M, chck_3M"]
+
+
+def test_scores_at_milestones_have_panels_of_their_own(make, out):
+    """training.eval_tasks writes them; a resumed run's are counted once."""
+    lines = [*rows()] + [{"kind": "scores", "step": step, "words": step * 1000, "seconds": step, "name": f"chck_{step}K",
+                                          "tasks": {"blimp_fast": {"score": score, "se": 1.0, "n": 10, "ties": 0}}}
+                                         for step, score in ((40, 51.0), (80, 77.0), (80, 53.0))]
+    run = make("a", lines)
+    (x, y), = figures.points(figures.load_metrics(run), "scores.blimp_fast").values()
+    assert x.tolist() == [40_000, 80_000] and y.tolist() == [51.0, 53.0]
+    assert visual.main([run, "--output", str(out)]) == 0
+    assert "score: blimp fast" in " ".join(svg_words(out / "scores.blimp_fast.svg")) and (out / "ce.png").exists()
+
+
 @pytest.mark.parametrize(("revisions", "at", "said"), [(CURVE, 2e6, "at its last milestone"), ({"main": CURVE["main"]}, None, "--models")])
 def test_unknown_words_of_the_final_model_are_said(scored_model, tmp_path, revisions, at, said):
     (run,) = figures.load_results(scored_model("a", revisions), tmp_path / "models")
