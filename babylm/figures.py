@@ -390,7 +390,7 @@ def load_results(folder, models="models") -> list[Results]:
         for gaps, names in missing.items():
             if gaps:
                 some = ", ".join(gaps[:3]) + (f" and {len(gaps) - 3} more" if len(gaps) > 3 else "")
-                problems.append(f"{results.name}: {', '.join(names)} not scored at {some}")
+                problems.append(f"{results.name}: {', '.join(names)} {'are' if names[1:] else 'is'} not scored at {some}")
     if not files and not problems:
         problems.append(f"{folder} holds no scores" if folder.is_dir() else f"{folder}: no such folder")
     several = list(found.values()) or [Results(folder, folder.name)]

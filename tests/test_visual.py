@@ -356,7 +356,7 @@ def test_the_last_milestone_stays_on_curves_that_the_final_model_has_no_part_in(
                                   tmp_path / "models")
     assert run.curve("blimp_fast")[:, 0].tolist() == [1e6, 2e6, 3e6] and run.curve("blimp_filtered").tolist() == [[3_000_321, 60, 1]]
     assert run.curve("both")[:, :2].tolist() == [[1e6, 1], [2e6, 2], [3_000_321, 9]]
-    assert run.problems == ["a: blimp_fast not scored at main", "a: blimp_filtered not scored at chck_1M, chck_2M, chck_3M"]
+    assert run.problems == ["a: blimp_fast is not scored at main", "a: blimp_filtered is not scored at chck_1M, chck_2M, chck_3M"]
 
 
 def test_scores_at_milestones_have_panels_of_their_own(make, out):
