@@ -39,7 +39,7 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import PreTrainedTokenizerFast
 
 from babylm import figures, models
-from babylm.config import UserError
+from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from eval.reading import GAPS
@@ -150,7 +150,7 @@ def choose_milestones(folder: Path, names: Sequence[str]) -> dict[str, tuple[Pat
         raise UserError(f"{folder} has no milestones chck_*: curves need several. Runs save them as they train (section `checkpoints`)")
     if unknown := [name for name in names if name != "all" and name not in found]:
         raise UserError(f"{folder} has no milestone {', '.join(unknown)}; it has {', '.join(found)}")
-    return {name: (path, figures.milestone_words(name)) for name, path in found.items() if "all" in names or name in names}
+    return {name: (path, milestone_words(name)) for name, path in found.items() if "all" in names or name in names}
 
 
 # ---- Surprisal ------------------------------------------------------------------------------------------------------
