@@ -1,7 +1,11 @@
 """What several test files need: one small finished corpus, a way to run a stage, and the optional folder of real data."""
 
-import importlib
 import os
+
+# Before numpy and torch are loaded, and for child processes: tests that run beside other work must not wait for a second thread.
+os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+import importlib
 import signal
 import socket
 import subprocess
@@ -22,7 +26,6 @@ from babylm.run_folder import run_stage
 
 ROOT = Path(combine_babylm.__file__).parent
 torch.set_num_threads(1)
-os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # for child processes too
 
 
 def write_yaml_file(path, values):
