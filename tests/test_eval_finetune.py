@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from babylm import models
 from babylm.config import ModelSection, MoEPModelSection, UserError
-from eval import finetune
+from eval import classifier, finetune, glue
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
@@ -29,7 +29,7 @@ ROWS = {
     "wsc": {"text": "t", "span1_text": "Mark", "span2_text": "him", "label": 1},
 }
 QUICK = ["training.epochs=6", "training.batch_size=8", "training.lr=3e-3", "training.dev_fraction=0.25", "seeds=[1]"]
-RTE = finetune.Task(first="{sentence1}", second="{sentence2}")
+RTE = glue.Task(first="{sentence1}", second="{sentence2}")
 
 
 def section(*overrides):
@@ -105,9 +105,9 @@ def call(monkeypatch):
 
 def encoded(checkpoint, rows, causal=True, limit=64):
     """The rows tokenised for a checkpoint, as `run` does it."""
-    read = finetune.Rows(Path("made-up"), [(row["sentence1"], row["sentence2"]) for row in rows], [row["label"] for row in rows],
-                         list(range(len(rows))))
-    return finetune.tokenise(read, models.load_tokenizer(checkpoint), limit, "left" if causal else "right")
+    read = glue.Rows(Path("made-up"), [(row["sentence1"], row["sentence2"]) for row in rows], [row["label"] for row in rows],
+                     list(range(len(rows))))
+    return glue.tokenise(read, models.load_tokenizer(checkpoint), limit, "left" if causal else "right")
 
 
 # ---- The config -----------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_mistakes_in_the_config_are_named(override, message):
 def test_every_task_reads_the_official_fields(tmp_path, name, texts):
     task = finetune.read_config(finetune.CONFIG, [])[1][name]
     path = write_rows(tmp_path / "x.jsonl", [ROWS[name], {**ROWS[name], "label": 1 - ROWS[name]["label"] % 2}])
-    rows = finetune.read_rows(path, name, task)
+    rows = glue.read_rows(path, name, task)
     assert rows.texts == [texts, texts] and rows.labels[0] == ROWS[name]["label"]
     # Questions on one passage share it: on both sides of the split, the passage alone would give the answer away.
     assert len(set(rows.groups)) == (1 if name in ("boolq", "multirc", "wsc") else 2)
@@ -162,7 +162,7 @@ def test_a_labels_place_in_the_list_is_its_class_and_its_value_is_predicted(tmp_
     for part, n in (("train", 48), ("valid", 20)):
         write_rows(tmp_path / f"rte.{part}.jsonl", [{**row, "label": names[row["label"]]} for row in made_up(n, 3)])
     call(checkpoints("gpt2"), "--data", tmp_path, "--output", tmp_path, "tasks.rte.labels=[not_entailment, entailment]", *QUICK)
-    rows = finetune.read_rows(tmp_path / "rte.valid.jsonl", "rte", finetune.Task(
+    rows = glue.read_rows(tmp_path / "rte.valid.jsonl", "rte", glue.Task(
         first="{sentence1}", second="{sentence2}", labels=["not_entailment", "entailment"]))
     assert rows.labels == [1, 0] * 10
     folder = tmp_path / "gpt2/main/finetune/rte"
@@ -173,8 +173,8 @@ def test_a_labels_place_in_the_list_is_its_class_and_its_value_is_predicted(tmp_
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ('{"sentence1": "a", "sent', r"rte\.train\.jsonl, line 3: not valid JSON .*is the file whole\?"),
-    ("[1]", "line 3: expected an object with fields, found list"),
+    ('{"sentence1": "a", "sent', r"rte\.train\.jsonl, line 3: not JSON \(cut short\?\).*fetch the file again"),
+    ("[1]", r"line 3: not a JSON object: '\[1\]'"),
     ('{"premise": "a", "label": 1}', r"line 3: no field 'sentence1'; the row has premise, label\. Correct tasks\.rte in finetune\.yaml, "
                                      r"or with an override such as tasks\.rte\.first=\{premise\}"),
     ('{"sentence1": "a", "sentence2": null, "label": 1}', "line 3: the field 'sentence2' is no text but None"),
@@ -185,38 +185,38 @@ def test_a_broken_row_is_named_by_file_line_and_field(tmp_path, line, message):
     path = write_rows(tmp_path / "rte.train.jsonl", [ROWS["rte"], {**ROWS["rte"], "label": 1}])
     path.write_text(path.read_text() + line)
     with pytest.raises(UserError, match=message):
-        finetune.read_rows(path, "rte", RTE)
+        glue.read_rows(path, "rte", RTE)
 
 
 def test_a_line_separator_inside_a_text_is_no_line_end(tmp_path):
     path = tmp_path / "rte.train.jsonl"
     rows = [{"sentence1": "a\u2028b\x85c", "sentence2": "d", "label": label} for label in (0, 1)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8")
-    assert finetune.read_rows(path, "rte", RTE).texts[1] == ("a\u2028b\x85c", "d")
+    assert glue.read_rows(path, "rte", RTE).texts[1] == ("a\u2028b\x85c", "d")
 
 
 def test_absent_tasks_are_skipped_with_a_line_half_present_ones_are_errors(tmp_path, data, capsys):
     tasks = finetune.read_config(finetune.CONFIG, [])[1]
-    assert list(finetune.read_tasks(data, tasks)) == ["rte"]
+    assert list(glue.read_tasks(data, tasks)) == ["rte"]
     assert f"boolq: skipped, {data} has no boolq.train.jsonl" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds none of the tasks boolq, mnli"):
-        finetune.read_tasks(tmp_path, tasks)
+        glue.read_tasks(tmp_path, tasks)
     shutil.copy(data / "rte.train.jsonl", tmp_path)
     with pytest.raises(UserError, match=r"rte\.valid\.jsonl is missing beside rte\.train\.jsonl"):
-        finetune.read_tasks(tmp_path, tasks)
+        glue.read_tasks(tmp_path, tasks)
     write_rows(tmp_path / "rte.valid.jsonl", [ROWS["rte"]] * 3)
     with pytest.raises(UserError, match="3 rows with 1 different labels"):
-        finetune.read_tasks(tmp_path, tasks)
+        glue.read_tasks(tmp_path, tasks)
 
 
 def test_the_development_split_is_seeded_and_keeps_groups_together():
-    rows = finetune.Rows(Path("x"), [("", "")] * 60, [0, 1] * 30, [i // 5 for i in range(60)])
-    fit, dev = finetune.split(rows, 0.2, seed=1)
+    rows = glue.Rows(Path("x"), [("", "")] * 60, [0, 1] * 30, [i // 5 for i in range(60)])
+    fit, dev = glue.split(rows, 0.2, seed=1)
     assert sorted(fit + dev) == list(range(60)) and 12 <= len(dev) <= 16
     assert not {i // 5 for i in fit} & {i // 5 for i in dev}
-    assert finetune.split(rows, 0.2, 1) == (fit, dev) != finetune.split(rows, 0.2, 2)
+    assert glue.split(rows, 0.2, 1) == (fit, dev) != glue.split(rows, 0.2, 2)
     with pytest.raises(UserError, match="60 rows in 1 groups are too few"):
-        finetune.split(finetune.Rows(Path("x"), [("", "")] * 60, [0, 1] * 30, [0] * 60), 0.2, 1)
+        glue.split(glue.Rows(Path("x"), [("", "")] * 60, [0, 1] * 30, [0] * 60), 0.2, 1)
 
 
 # ---- Tokens ---------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_the_development_split_is_seeded_and_keeps_groups_together():
     ((10_000, 5), 500, (499, 1)), ((40, 0), 10, (10, 0)), ((0, 40), 10, (0, 10)), ((0, 0), 10, (0, 0)),
 ])
 def test_over_long_texts_lose_the_same_share_and_none_is_lost(lengths, budget, kept):
-    assert finetune.in_proportion(*lengths, budget) == kept
+    assert glue.in_proportion(*lengths, budget) == kept
 
 
 def test_inputs_are_what_the_tokenizer_makes_of_a_pair_and_are_cut_within_the_limit(checkpoints):
@@ -246,13 +246,13 @@ def test_inputs_are_what_the_tokenizer_makes_of_a_pair_and_are_cut_within_the_li
 
 
 def test_a_batch_pads_on_the_side_asked_for_and_batches_hold_every_row_once():
-    tokens = finetune.Tokens([[5], [6, 7, 8]], [[0], [0, 1, 1]], [1, 0], 0, 9, "left", True)
+    tokens = glue.Tokens([[5], [6, 7, 8]], [[0], [0, 1, 1]], [1, 0], 0, 9, "left", True)
     inputs, labels = tokens.batch([0, 1], torch.device("cpu"))
     assert inputs["input_ids"].tolist() == [[9, 9, 5], [6, 7, 8]] and inputs["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0], [0, 1, 1]] and labels.tolist() == [1, 0]
     lengths = [random.Random(i).randint(1, 50) for i in range(203)]
     draw = torch.Generator().manual_seed(0)
-    epochs = [finetune.batches_of(lengths, 4, draw) for _ in range(2)]
+    epochs = [classifier.batches_of(lengths, 4, draw) for _ in range(2)]
     assert epochs[0] != epochs[1] and all(sorted(sum(batches, [])) == list(range(203)) for batches in epochs)
     assert max(len(batch) for batch in epochs[0]) == 4 and sum(len(batch) < 4 for batch in epochs[0]) == 1
 
@@ -265,9 +265,9 @@ def test_pooling_never_reads_a_pad(side):
     hidden = torch.arange(10.0).reshape(1, 5, 2)
     mask = torch.tensor([[0, 0, 1, 1, 1] if side == "left" else [1, 1, 1, 0, 0]])
     real = hidden[:, mask[0].bool()]
-    assert torch.equal(finetune.pool(hidden, mask, "first"), real[:, 0])
-    assert torch.equal(finetune.pool(hidden, mask, "last"), real[:, -1])
-    assert torch.equal(finetune.pool(hidden, mask, "mean"), real.mean(1))
+    assert torch.equal(classifier.pool(hidden, mask, "first"), real[:, 0])
+    assert torch.equal(classifier.pool(hidden, mask, "last"), real[:, -1])
+    assert torch.equal(classifier.pool(hidden, mask, "mean"), real.mean(1))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "moep", "bert"])
@@ -275,13 +275,13 @@ def test_pooling_never_reads_a_pad(side):
 @torch.no_grad()
 def test_a_rows_logits_do_not_depend_on_the_rest_of_its_batch(checkpoints, name, pooling):
     """Left padding moves GPT-2's positions unless they are given; right padding puts a pad where the last token is looked for."""
-    encoder = finetune.load_encoder(str(checkpoints(name)))
-    causal = finetune.is_causal(encoder)
+    encoder = classifier.load_encoder(str(checkpoints(name)))
+    causal = classifier.is_causal(encoder)
     assert causal == (name != "bert")
     tokens = encoded(checkpoints(name), made_up(6, 4), causal)
-    classifier = finetune.Classifier(encoder, pooling, causal, 2, 0.1).eval()
-    together = classifier(**tokens.batch(range(6), torch.device("cpu"))[0])
-    alone = torch.cat([classifier(**tokens.batch([i], torch.device("cpu"))[0]) for i in range(6)])
+    model = classifier.Classifier(encoder, pooling, causal, 2, 0.1).eval()
+    together = model(**tokens.batch(range(6), torch.device("cpu"))[0])
+    alone = torch.cat([model(**tokens.batch([i], torch.device("cpu"))[0]) for i in range(6)])
     assert len({len(ids) for ids in tokens.ids}) > 2
     assert torch.allclose(together, alone, atol=1e-5)
     assert (together - together[0]).abs().max() > 1e-3 or (causal and pooling == "first")
@@ -289,11 +289,11 @@ def test_a_rows_logits_do_not_depend_on_the_rest_of_its_batch(checkpoints, name,
 
 def test_a_model_that_padding_changes_is_refused(checkpoints):
     """What GPT-2 is when nobody tells it the positions."""
-    classifier = finetune.Classifier(finetune.load_encoder(str(checkpoints("gpt2"))), "last", True, 2, 0.1)
-    finetune.require_padding_is_harmless(classifier, "left")
-    classifier.counts_positions = False
+    model = classifier.Classifier(classifier.load_encoder(str(checkpoints("gpt2"))), "last", True, 2, 0.1)
+    classifier.require_padding_is_harmless(model, "left")
+    model.counts_positions = False
     with pytest.raises(UserError, match="GPT2Model: padding on the left changes the states of the other tokens by up to"):
-        finetune.require_padding_is_harmless(classifier, "left")
+        classifier.require_padding_is_harmless(model, "left")
 
 
 def test_a_causal_model_is_read_at_its_last_token_others_at_their_first(checkpoints):
@@ -307,8 +307,8 @@ def test_a_causal_model_is_read_at_its_last_token_others_at_their_first(checkpoi
 @torch.no_grad()
 def test_a_causal_models_first_token_gives_every_input_the_same_answer(checkpoints):
     tokens = encoded(checkpoints("gpt2"), made_up(20, 4))
-    classifier = finetune.Classifier(finetune.load_encoder(str(checkpoints("gpt2"))), "first", True, 2, 0.1)
-    logits = finetune.predict(classifier, tokens, section(), "")
+    model = classifier.Classifier(classifier.load_encoder(str(checkpoints("gpt2"))), "first", True, 2, 0.1)
+    logits = classifier.predict(model, tokens, section(), "")
     assert torch.allclose(logits, logits[:1].expand(20, 2), atol=1e-6)
 
 
@@ -327,14 +327,14 @@ def broken_copy(source, target, change):
 def test_missing_and_broken_weights_are_errors(checkpoints, tmp_path):
     lacking = broken_copy(checkpoints("gpt2"), tmp_path / "lacking", lambda weights: weights.pop("transformer.h.1.mlp.c_fc.weight"))
     with pytest.raises(UserError, match=r"lacks the weights h\.1\.mlp\.c_fc\.weight \(1 in all\)"):
-        finetune.load_encoder(str(lacking))
+        classifier.load_encoder(str(lacking))
     nan = broken_copy(checkpoints("gpt2"), tmp_path / "nan", lambda weights: weights["transformer.ln_f.weight"].fill_(torch.nan))
     with pytest.raises(UserError, match="hidden states are not finite"):
         finetune.open_subject(str(nan), "main", section())
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds an adapter: merge it"):
-        finetune.load_encoder(str(tmp_path / "adapter"))
+        classifier.load_encoder(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="has no folder chck_1M"):
         finetune.open_subject(str(checkpoints("gpt2")), "chck_1M", section())
 
@@ -343,7 +343,7 @@ def test_the_head_is_drawn_from_the_seed_whatever_was_drawn_before(checkpoints):
     heads = []
     for seed in (1, 1, 2):
         torch.rand(len(heads) * 7 + 1)
-        built = finetune.build_classifier(str(checkpoints("gpt2")), section(), finetune.Lora(), "last", True, 2, seed)
+        built = classifier.build_classifier(str(checkpoints("gpt2")), section(), classifier.Lora(), "last", True, 2, seed)
         heads.append(torch.cat([weight.flatten() for weight in built.head.parameters()]).cpu())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
@@ -354,10 +354,10 @@ def test_the_head_is_drawn_from_the_seed_whatever_was_drawn_before(checkpoints):
 def test_the_learning_rate_rises_then_falls_to_its_floor():
     for schedule in ("cosine", "linear"):
         training = section(f"training.schedule={schedule}", "training.warmup_fraction=0.1")
-        factors = [finetune.lr_factor(step, 100, training) for step in range(101)]
+        factors = [classifier.lr_factor(step, 100, training) for step in range(101)]
         assert factors[10] == max(factors) == 1 and factors[100] == pytest.approx(0.1) and 0 < factors[0] < 0.2
         assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:], reverse=True)
-    assert finetune.lr_factor(99, 100, section("training.schedule=constant", "training.warmup_fraction=0")) == 1
+    assert classifier.lr_factor(99, 100, section("training.schedule=constant", "training.warmup_fraction=0")) == 1
 
 
 @pytest.mark.parametrize(("mode", "precision"), [("full", "fp32"), ("full", "bf16"), ("lora", "fp32")])
@@ -365,27 +365,27 @@ def test_what_is_meant_to_train_does_and_nothing_else(checkpoints, mode, precisi
     """LoRA trains its matrices and the head, not the base; both learn a task that one word decides."""
     faster = ["training.lr=1e-2"] if mode == "lora" else []
     training = section(f"training.mode={mode}", f"training.precision={precision}", *QUICK[:4], *faster)
-    classifier = finetune.build_classifier(str(checkpoints("gpt2")), training, finetune.Lora(), "last", True, 2, 1)
-    before = {name: weight.detach().clone() for name, weight in classifier.named_parameters()}
+    model = classifier.build_classifier(str(checkpoints("gpt2")), training, classifier.Lora(), "last", True, 2, 1)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     tokens = encoded(checkpoints("gpt2"), made_up(96, 1))
-    finetune.train(classifier, tokens.take(range(72)), tokens.take(range(72, 96)), training, RTE, 1, "")
-    changed = {name for name, weight in classifier.named_parameters() if not torch.equal(weight, before[name])}
+    classifier.train(model, tokens.take(range(72)), tokens.take(range(72, 96)), training, RTE, 1, "")
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     if mode == "lora":
         assert changed == {name for name in before if name.startswith("head.") or "lora_" in name}
         assert len([name for name in changed if "lora_" in name]) == 2 * 4 * 2
     else:
         assert changed == set(before)
-    answers = finetune.predict(classifier, encoded(checkpoints("gpt2"), made_up(31, 2)), training, "").argmax(1).tolist()
-    assert finetune.scores(answers, [row["label"] for row in made_up(31, 2)], ["accuracy"])["accuracy"] > 85
+    answers = classifier.predict(model, encoded(checkpoints("gpt2"), made_up(31, 2)), training, "").argmax(1).tolist()
+    assert classifier.scores(answers, [row["label"] for row in made_up(31, 2)], ["accuracy"])["accuracy"] > 85
 
 
 def test_the_weights_of_the_best_epoch_are_kept_and_not_those_of_the_last(checkpoints):
     training = section("training.epochs=5", "training.lr=3e-3", "training.schedule=constant", "training.batch_size=8")
-    classifier = finetune.build_classifier(str(checkpoints("gpt2")), training, finetune.Lora(), "last", True, 2, 1)
+    model = classifier.build_classifier(str(checkpoints("gpt2")), training, classifier.Lora(), "last", True, 2, 1)
     tokens = encoded(checkpoints("gpt2"), made_up(96, 1, wrong=0.3))
     dev = tokens.take(range(60, 96))
-    history, best = finetune.train(classifier, tokens.take(range(60)), dev, training, RTE, 1, "")
-    logits = finetune.predict(classifier, dev, training, "")
+    history, best = classifier.train(model, tokens.take(range(60)), dev, training, RTE, 1, "")
+    logits = classifier.predict(model, dev, training, "")
     assert F.cross_entropy(logits, torch.tensor(dev.labels)).item() == pytest.approx(history[best - 1]["dev_loss"], rel=1e-5)
     assert best < 5 and history[best - 1]["dev_accuracy"] == max(row["dev_accuracy"] for row in history)
 
@@ -408,11 +408,11 @@ def test_the_reported_rows_have_no_part_in_choosing_the_epoch(checkpoints, tmp_p
 
 def test_scores_and_the_best_constant_answer():
     answers, gold = [1, 1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0]
-    assert finetune.scores(answers, gold, ["accuracy", "f1"]) == {"accuracy": 62.5, "f1": pytest.approx(100 * 2 * 2 / (2 * 2 + 2 + 1))}
-    assert finetune.scores([0] * 8, [0] * 8, ["accuracy", "f1"]) == {"accuracy": 100, "f1": 0}
+    assert classifier.scores(answers, gold, ["accuracy", "f1"]) == {"accuracy": 62.5, "f1": pytest.approx(100 * 2 * 2 / (2 * 2 + 2 + 1))}
+    assert classifier.scores([0] * 8, [0] * 8, ["accuracy", "f1"]) == {"accuracy": 100, "f1": 0}
     # Three of eight are positive: "always 0" wins on accuracy, "always 1" on F1.
-    assert finetune.best_constant(gold, ["accuracy", "f1"]) == {"accuracy": 62.5, "f1": pytest.approx(100 * 2 * 3 / (3 + 8))}
-    assert finetune.best_constant([0, 1, 2, 2], ["accuracy"]) == {"accuracy": 50}
+    assert classifier.best_constant(gold, ["accuracy", "f1"]) == {"accuracy": 62.5, "f1": pytest.approx(100 * 2 * 3 / (3 + 8))}
+    assert classifier.best_constant([0, 1, 2, 2], ["accuracy"]) == {"accuracy": 50}
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_files_are_the_official_ones_and_the_summary_adds_the_spread(checkpoints
         right = sum(row["pred"] == label for row, label in zip(predictions, gold, strict=True)) / 31
         assert (folder / "rte/results.txt").read_text() == f"accuracy: {task['seeds']['1']['accuracy'] / 100}\nf1: {scores[0] / 100}\n"
         assert right == pytest.approx(task["seeds"]["1"]["accuracy"] / 100)
-        encoder = finetune.load_encoder(str(checkpoints(name)))
+        encoder = classifier.load_encoder(str(checkpoints(name)))
         shares = [sum(row["pred"] == label for row in predictions) / 31 for label in (0, 1)]
         assert task["seeds"]["1"]["largest_share"] == pytest.approx(100 * max(shares))
         assert task["trained_parameters"] == models.count_parameters(encoder) + 33 * 32 + 33 * 2
@@ -560,9 +560,9 @@ def test_a_milestone_is_filed_under_its_revision(checkpoints, data, tmp_path, ca
 def test_real_rte_is_read_whole_and_no_row_is_cut(shared):
     """139 reported rows, as the official collation expects, and the published majority of 54.0."""
     task = finetune.read_config(finetune.CONFIG, [])[1]["rte"]
-    train, valid = finetune.read_tasks(shared / "data/glue", {"rte": task})["rte"]
+    train, valid = glue.read_tasks(shared / "data/glue", {"rte": task})["rte"]
     assert (len(train), len(valid)) == (2490, 139)
-    assert finetune.best_constant(valid.labels, ["accuracy"])["accuracy"] == pytest.approx(54.0, abs=0.05)
+    assert classifier.best_constant(valid.labels, ["accuracy"])["accuracy"] == pytest.approx(54.0, abs=0.05)
     tokenizer = models.load_tokenizer(shared / "data/golden/tiny-gpt2")
-    assert finetune.tokenise(train, tokenizer, 512, "left").cut == 0
-    assert finetune.tokenise(valid, tokenizer, 64, "left").cut > 0
+    assert glue.tokenise(train, tokenizer, 512, "left").cut == 0
+    assert glue.tokenise(valid, tokenizer, 64, "left").cut > 0
