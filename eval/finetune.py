@@ -8,6 +8,8 @@ Writes  results/<model>/<revision>/finetune/<task>/predictions.json and results.
         .../<task>/seeds/<seed>.json    one fine-tuning: settings, scores per epoch, predictions; what a rerun does not repeat
         .../<task>/summary.json, .../finetune/summary.json    mean and standard deviation over seeds, majority, trained parameters
 
+Scores are over all seeds that lie there, whichever call made them; what lies there with other settings is an error.
+
 The best epoch is chosen on a part of the training rows; the reported rows are predicted once, after that. A causal model is read at
 its last token; at its first it has seen the start token alone and answers the same for every input. A constant answer is refused,
 whatever its cause, and the command ends with code 1 after the other tasks. A seed gives the same numbers again, bit for bit on a CPU.
@@ -148,17 +150,19 @@ class Job:
                          self.train.path.name: file_sha256(self.train.path), self.valid.path.name: file_sha256(self.valid.path)}
 
 
-def done_before(job: Job) -> dict[int, dict[str, Any]]:
-    """{seed: record} of what an earlier call finished; UserError if that had other settings."""
+def recorded(job: Job) -> dict[int, dict[str, Any]]:
+    """{seed: record} of every seed that lies there, asked for or not, in their order. UserError if one had other settings: its
+    summary would be overwritten."""
     records, settings = {}, job.settings()
-    for seed in filter(lambda seed: job.record(seed).is_file(), job.seeds):
-        records[seed] = json.loads(job.record(seed).read_text(encoding="utf-8"))
-        theirs = records[seed].pop("settings")
+    for path in (job.folder / "seeds").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        theirs = record.pop("settings")
         if changed := [f"  {at}: {theirs.get(at)!r} there, {settings.get(at)!r} now" for at in sorted(settings.keys() | theirs.keys())
                        if theirs.get(at) != settings.get(at)]:
-            raise UserError(f"{job.record(seed)} was made with other settings:\n" + "\n".join(changed) + "\nGive another --output, or "
-                            f"move {job.folder} away")
-    return records
+            raise UserError(f"{path} was made with other settings:\n" + "\n".join(changed) + "\nGive another --output, or move "
+                            f"{job.folder} away")
+        records[record["seed"]] = record
+    return dict(sorted(records.items()))
 
 
 def fine_tune(job: Job, fit: Tokens, valid: Tokens, seed: int) -> dict[str, Any]:
@@ -177,29 +181,32 @@ def fine_tune(job: Job, fit: Tokens, valid: Tokens, seed: int) -> dict[str, Any]
 
 
 def run(job: Job, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The seeds that are not `done`, each written as soon as it is. Returns, and writes, the task's summary."""
+    """The seeds that are not `done`, each written as soon as it is. Returns, and writes, the task's summary: of all that lie there."""
     training, subject, side = job.training, job.subject, "left" if job.subject.causal else "right"
     fit, valid = (tokenise(rows, subject.tokenizer, subject.limit, side) for rows in (job.train, job.valid))
     print(f"{subject.name}, {job.name}: {len(job.train):,} training rows, {len(job.valid):,} reported; {training.mode}, pooling "
           f"{subject.pooling}, lr {training.lr:g}, {training.epochs} epochs of batches of {training.batch_size}; cut to {subject.limit} "
           f"tokens, both texts by the same share: {fit.cut} and {valid.cut} rows", flush=True)
-    records, problems = {}, []
+    problems = []
     for seed in job.seeds:
+        if seed in done:
+            print(f"  {job.at(seed)}: done before")
+            continue
         try:
-            if seed in done:
-                records[seed] = done[seed]
-                print(f"  {job.at(seed)}: done before")
-            else:
-                records[seed] = fine_tune(job, fit, valid, seed)
-                write_json(job.record(seed), {"settings": job.settings(), **records[seed]})
-            if records[seed]["largest_share"] == 100:
-                first_of_causal = subject.causal and subject.pooling == "first"
-                raise Refused(f"{job.at(seed)}: every one of the {len(job.valid)} predictions is {records[seed]['predictions'][0]!r}. " + (
-                    "A causal model's first token sees nothing of the input: training.pooling=last" if first_of_causal else
-                    f"Try another training.lr, or more epochs (tasks.{job.name}.epochs)"))
+            write_json(job.record(seed), {"settings": job.settings(), **fine_tune(job, fit, valid, seed)})
         except Refused as problem:
             problems.append(str(problem))
-            print(f"refused: {problem}", flush=True)
+    records = recorded(job)  # read again: another process may have added seeds of its own
+    if others := [str(seed) for seed in records if seed not in job.seeds]:
+        print(f"  {subject.name}, {job.name}: the scores are also of seeds {', '.join(others)}, which lie there with the same settings")
+    for seed, record in records.items():
+        if record["largest_share"] == 100:
+            first_of_causal = subject.causal and subject.pooling == "first"
+            problems.append(f"{job.at(seed)}: every one of the {len(job.valid)} predictions is {record['predictions'][0]!r}. " + (
+                "A causal model's first token sees nothing of the input: training.pooling=last" if first_of_causal else
+                f"Try another training.lr, or more epochs (tasks.{job.name}.epochs)"))
+    for problem in problems:
+        print(f"refused: {problem}", flush=True)
     result = summary(job, list(records.values()), (fit.cut, valid.cut), problems)
     write_task(job, records, result)
     return result
@@ -221,7 +228,7 @@ def summary(job: Job, records: list[dict], cut: tuple[int, int], problems: list[
 
 
 def write_task(job: Job, records: dict[int, dict], result: dict[str, Any]) -> None:
-    """The task's summary, and the official files of the first seed; where a seed was refused there are none."""
+    """The task's summary, and the official files of the first seed asked for; where a seed was refused there are none."""
     official = job.folder / "predictions.json", job.folder / "results.txt"
     if result["refused"]:
         for path in official:
@@ -289,7 +296,7 @@ def main() -> None:
     subjects = [open_subject(path, args.revision, config.training) for path in paths]
     jobs = [Job(subject, name, tasks[name], training_of(tasks[name], config.training), config.lora, config.seeds, *parts,
                 args.output / subject.name / subject.revision / "finetune" / name) for subject in subjects for name, parts in rows.items()]
-    done = [done_before(job) for job in jobs]  # of all, so that other settings are an error before the first hour of training
+    done = [recorded(job) for job in jobs]  # of all, so that other settings are an error before the first hour of training
 
     results: dict[str, dict[str, dict]] = {subject.name: {} for subject in subjects}
     for job, records in zip(jobs, done, strict=True):

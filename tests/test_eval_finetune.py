@@ -466,12 +466,36 @@ def test_an_interrupted_call_continues_with_the_missing_seed_and_a_seed_repeats_
     assert whole["1.json"]["epochs"] != whole["2.json"]["epochs"]
 
 
+def test_scores_are_of_all_seeds_that_lie_there_and_the_predictions_of_the_first_asked_for(checkpoints, data, tmp_path, call, capsys):
+    arguments = [checkpoints("gpt2"), "--data", data, "--output", tmp_path, *QUICK, "training.epochs=2"]
+    call(*arguments)
+    folder = tmp_path / "gpt2/main/finetune/rte"
+    record = json.loads((folder / "seeds/1.json").read_text())
+    others = {seed: {**record, "seed": seed, "accuracy": accuracy, "predictions": [seed % 2, *record["predictions"][1:]]}
+              for seed, accuracy in ((10, 40.0), (9, 60.0))}
+    for seed, other in others.items():
+        (folder / f"seeds/{seed}.json").write_text(json.dumps(other))
+    scored = [record["accuracy"], 60, 40]
+    for seeds, unasked in (([1], "9, 10"), ([10, 9], "1"), ([9, 1, 10], None)):
+        capsys.readouterr()
+        call(*arguments, f"seeds={seeds}")
+        out = capsys.readouterr().out
+        assert (f"rte: the scores are also of seeds {unasked}, which lie there with the same settings" in out) == (unasked is not None)
+        assert unasked or "also of seeds" not in out
+        summary = json.loads((folder / "summary.json").read_text())
+        assert list(summary["seeds"]) == ["1", "9", "10"]
+        assert (summary["score"], summary["sd"]) == (pytest.approx(statistics.mean(scored)), pytest.approx(statistics.stdev(scored)))
+        predictions = json.loads((folder / "predictions.json").read_text())["rte"]["predictions"]
+        assert [row["pred"] for row in predictions] == {1: record, **others}[seeds[0]]["predictions"]
+
+
 def test_results_of_other_settings_weights_or_rows_are_not_taken_for_these(checkpoints, data, tmp_path, call):
     arguments = ["--data", data, "--output", tmp_path, *QUICK, "training.epochs=2"]
     copied = shutil.copytree(checkpoints("gpt2"), tmp_path / "models/gpt2")
     call(copied, *arguments)
-    with pytest.raises(UserError, match=r"seeds/1\.json was made with other settings:\n  training\.lr: 0\.003 there, 0\.001 now\nGive"):
-        call(copied, *arguments, "training.lr=1e-3")
+    for seed in (1, 2):  # a seed that does not lie there would put its summary in the place of the other's
+        with pytest.raises(UserError, match=r"seeds/1\.json was made with other settings:\n  training\.lr: 0\.003 there, 0\.001 now\nGive"):
+            call(copied, *arguments, "training.lr=1e-3", f"seeds=[{seed}]")
     weights = load_file(copied / "model.safetensors")
     save_file({name: weight * 1.01 for name, weight in weights.items()}, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="  model: "):
@@ -522,8 +546,9 @@ def test_a_refused_seed_takes_back_what_an_earlier_call_reported(checkpoints, da
     assert (folder / "predictions.json").exists()
     record = json.loads((folder / "seeds/1.json").read_text())
     (folder / "seeds/2.json").write_text(json.dumps({**record, "seed": 2, "largest_share": 100.0}))
-    with pytest.raises(UserError, match="seed 2: every one of the 31 predictions"):
-        call(checkpoints("gpt2"), *arguments, "seeds=[1,2]")
+    for seeds in ([1, 2], [1]):  # also when it is not asked for: the mean of the others would flatter the model
+        with pytest.raises(UserError, match="seed 2: every one of the 31 predictions"):
+            call(checkpoints("gpt2"), *arguments, f"seeds={seeds}")
     assert not (folder / "predictions.json").exists() and not (folder / "results.txt").exists()
     assert json.loads((folder / "summary.json").read_text())["score"] is None
 
