@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from pydantic import field_validator
 from transformers import PreTrainedTokenizerFast
 
 from babylm import models
@@ -59,6 +60,13 @@ class Config(Section):
     seeds: list[int] = key([42, 43, 44], "one fine-tuning each", identity=False, min_length=1)
     training: Training = key(Training(), "how")
     lora: Lora = key(Lora(), "for mode: lora")
+
+    @field_validator("seeds")
+    @classmethod
+    def each_seed_once(cls, value: list[int]) -> list[int]:
+        if twice := [seed for seed, n in Counter(value).items() if n > 1]:
+            raise ValueError(f"{twice[0]} stands there more than once: the same fine-tuning would be done again")
+        return value
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, Task]]:

@@ -135,6 +135,7 @@ def test_overrides_reach_training_and_tasks_and_lora_has_its_own_rate():
     ("training.poling=last", r"training\.poling: unknown key; did you mean pooling\?"),
     ("training.lr=0", r"training\.lr: .*greater than 0"),
     ("tasks=null", "tasks: expected the tasks"),
+    ("seeds=[42,1,42]", "seeds: 42 stands there more than once"),
 ])
 def test_mistakes_in_the_config_are_named(override, message):
     with pytest.raises(UserError, match=message):
