@@ -1,7 +1,7 @@
 """GLUE: fine-tune models on the seven BabyLM tasks and report them beside the best constant answer.
 
     python -m eval.finetune models/GPT2-Small-BabyLM-CE models/GPT2-Small-Distilled --data glue_filtered
-    python -m eval.finetune models/GPT2-Small-Distilled --data glue_filtered --tasks rte,wsc training.mode=lora seeds=[1,2,3]
+    python -m eval.finetune models/GPT2-Small-Distilled --data glue_filtered --tasks rte wsc training.mode=lora seeds=[1,2,3]
 
 Reads   <data>/<task>.train.jsonl and <task>.valid.jsonl; tasks, fields and hyper-parameters from eval/finetune.yaml
 Writes  results/<model>/<revision>/finetune/<task>/predictions.json and results.txt   the official files, of the first seed
@@ -103,9 +103,19 @@ class Subject:
     limit: int  # tokens per input
 
 
+def filed_under(model: str) -> str:
+    """The name of a model's results: that of its folder, as in `eval.zero_shot`, or what follows org/ in a hub name. UserError on a
+    dot in a folder's name."""
+    name = Path(model).resolve().name
+    if Path(model).is_dir() and "." in name:
+        raise UserError(f"{model}: the official pipeline files results under the name before a dot, where two models can meet: rename the "
+                        "folder")
+    return name
+
+
 def open_subject(model: str, revision: str, training: Training) -> Subject:
     """Check that a model can be fine-tuned, before anything is: finished, loadable whole, padding without effect."""
-    path = model
+    path, name = model, filed_under(model)
     if revision != "main":
         path = str(Path(model) / revision)
         if not Path(path).is_dir():
@@ -116,10 +126,6 @@ def open_subject(model: str, revision: str, training: Training) -> Subject:
     require_padding_is_harmless(Classifier(encoder, "last", causal, 2, 0.0), "left" if causal else "right")
     pooling = training.pooling if training.pooling != "auto" else "last" if causal else "first"
     limit = min(training.max_length, getattr(encoder.config, "max_position_embeddings", training.max_length), tokenizer.model_max_length)
-    name = Path(model).stem
-    if name != Path(model).name:
-        print(f"warning: {model}: results are filed under {name!r}, as the official evaluation does: it takes what follows a dot for a "
-              "file's ending")
     if tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
         print(f"warning: {name}: its tokenizer puts nothing between the two texts of an input (tokenizers saved by this project do)")
     if causal and pooling == "first":
@@ -282,25 +288,29 @@ def _cell(shown: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL | key=value", help="model folders or hub names; keys of the YAML to override")
+    parser.add_argument("models", nargs="*", metavar="MODEL | key=value", help="model folders or hub names; keys of the YAML to override")
     parser.add_argument("--data", required=True, type=Path, help="folder with <task>.train.jsonl and <task>.valid.jsonl")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of results (default: results)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="tasks and hyper-parameters (default: eval/finetune.yaml)")
-    parser.add_argument("--tasks", help="only these, comma-separated")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="only these; models stand before this option")
     parser.add_argument("--revision", default="main", help="a milestone inside each run folder, for example chck_10M")
     args = parser.parse_intermixed_args()
     transformers.utils.logging.set_verbosity_error()  # its report of the unused output layer; missing weights are an error here
 
-    config, tasks = read_config(args.config, [word for word in args.models if "=" in word])
-    wanted = args.tasks.split(",") if args.tasks else list(tasks)
-    if unknown := [name for name in wanted if name not in tasks]:
-        raise UserError(f"--tasks: no task named {', '.join(unknown)} in {args.config}; it has {', '.join(tasks)}")
+    # An option of several words takes all that follow: overrides are told by their sign, wherever they stand.
+    config, tasks = read_config(args.config, [word for word in args.models + args.tasks if "=" in word])
     paths = [word for word in args.models if "=" not in word]
+    named = [name for word in args.tasks if "=" not in word for name in word.split(",") if name]
+    if unknown := [name for name in named if name not in tasks]:
+        raise UserError(f"--tasks: no task named {', '.join(unknown)} in {args.config}; it has {', '.join(tasks)} (models stand before "
+                        "--tasks)")
+    if args.tasks and not named:
+        raise UserError(f"--tasks names no task; {args.config} has {', '.join(tasks)}")
     if not paths:
-        raise UserError("give at least one model folder before the overrides")
-    if twice := [name for name, n in Counter(Path(path).stem for path in paths).items() if n > 1]:
+        raise UserError("give at least one model folder")
+    if twice := [name for name, n in Counter(map(filed_under, paths)).items() if n > 1]:
         raise UserError(f"several models are named {twice[0]}: their results would lie in the same folder; use one --output each")
-    rows = read_tasks(args.data, {name: tasks[name] for name in wanted})
+    rows = read_tasks(args.data, {name: tasks[name] for name in named or tasks})
     subjects = [open_subject(path, args.revision, config.training) for path in paths]
     jobs = [Job(subject, name, tasks[name], training_of(tasks[name], config.training), config.lora, config.seeds, *parts,
                 args.output / subject.name / subject.revision / "finetune" / name) for subject in subjects for name, parts in rows.items()]

@@ -566,12 +566,35 @@ def test_mistakes_on_the_command_line_come_before_any_training(checkpoints, data
     gpt2 = checkpoints("gpt2")
     with pytest.raises(UserError, match="no task named rtee in .*finetune.yaml; it has boolq"):
         call(gpt2, "--data", data, "--tasks", "rtee")
+    with pytest.raises(UserError, match="no task named .*gpt2 in .*models stand before --tasks"):
+        call("--data", data, "--tasks", "rte", gpt2)
+    with pytest.raises(UserError, match="--tasks names no task; .*finetune.yaml has boolq, mnli"):
+        call(gpt2, "--data", data, "--tasks", "training.lr=1")
     with pytest.raises(UserError, match="give at least one model folder"):
         call("training.lr=1", "--data", data)
     with pytest.raises(UserError, match="several models are named gpt2"):
         call(gpt2, tmp_path / "gpt2", "--data", data)
     with pytest.raises(UserError, match="fine-tuning: .*missing does not exist"):
         call(gpt2, tmp_path / "missing", "--data", data, "--output", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("words", [["rte", "wsc"], ["rte,wsc"], ["rte,", "wsc"]])
+def test_tasks_are_words_or_a_list_with_commas_and_overrides_may_follow(checkpoints, data, tmp_path, call, capsys, words):
+    call(checkpoints("gpt2"), "--data", data, "--output", tmp_path, *QUICK, "--tasks", *words, "seeds=[5]", "training.epochs=1")
+    out = capsys.readouterr().out
+    assert "wsc: skipped" in out and "boolq" not in out
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("seeds/*")] == ["gpt2/main/finetune/rte/seeds/5.json"]
+
+
+def test_results_are_filed_under_the_name_of_the_folder(checkpoints, data, tmp_path, call, monkeypatch):
+    """As by eval.zero_shot: `.` is no name, and two folders that differ after a dot are two models."""
+    monkeypatch.chdir(checkpoints("gpt2"))
+    assert finetune.open_subject(".", "main", section()).name == "gpt2"
+    assert finetune.filed_under("EleutherAI/pythia-1.4b") == "pythia-1.4b"
+    dotted = shutil.copytree(checkpoints("gpt2"), tmp_path / "gpt.a")
+    with pytest.raises(UserError, match=r"gpt\.a: the official pipeline files results under the name before a dot.*rename the folder"):
+        call(dotted, "--data", data, "--output", tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
