@@ -135,6 +135,18 @@ def require_padding_is_harmless(classifier: Classifier, side: str) -> None:
                         f"{(alone - padded).abs().max():.2g}: its forward must honour attention_mask and position_ids")
 
 
+def share_without_adapter(encoder: PreTrainedModel) -> float:
+    """Share, from 0 to 1, of the weights in matrices outside the embeddings that LoRA does not reach.
+
+    Those of MoE-P's experts are stacked into tensors, in no linear layer. peft's `target_parameters` does not help: it acts in a
+    module's forward, and these are read without one.
+    """
+    held = [(isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D),
+             sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() > 1))
+            for module in encoder.modules() if not isinstance(module, nn.Embedding)]
+    return 1 - sum(weights for linear, weights in held if linear) / sum(weights for _, weights in held)
+
+
 def build_classifier(path: str, training: Training, lora: Lora, pooling: str, causal: bool, classes: int, seed: int) -> Classifier:
     """A classifier with a head drawn from `seed`, whatever was drawn before."""
     torch.manual_seed(seed)

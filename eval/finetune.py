@@ -45,6 +45,7 @@ from eval.classifier import (
     predict,
     require_padding_is_harmless,
     scores,
+    share_without_adapter,
     train,
 )
 from eval.glue import Rows, Task, Tokens, read_tasks, split, tokenise
@@ -128,6 +129,9 @@ def open_subject(model: str, revision: str, training: Training) -> Subject:
     limit = min(training.max_length, getattr(encoder.config, "max_position_embeddings", training.max_length), tokenizer.model_max_length)
     if tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
         print(f"warning: {name}: its tokenizer puts nothing between the two texts of an input (tokenizers saved by this project do)")
+    if training.mode == "lora" and (share := share_without_adapter(encoder)):
+        print(f"warning: {name}: {share:.0%} of its weights outside the embeddings lie in no linear layer: LoRA leaves them as they are, "
+              "training.mode=full trains them")
     if causal and pooling == "first":
         print(f"warning: {name} is causal: its first position sees the start token alone, so that every input looks the same")
     return Subject(path, name, revision, tokenizer, causal, pooling, limit)

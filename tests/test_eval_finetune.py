@@ -380,6 +380,23 @@ def test_what_is_meant_to_train_does_and_nothing_else(checkpoints, mode, precisi
     assert classifier.scores(answers, [row["label"] for row in made_up(31, 2)], ["accuracy"])["accuracy"] > 85
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "moep", "bert"])
+def test_what_lora_does_not_reach_is_printed(checkpoints, name, capsys):
+    """The share is that of what peft has adapted: all matrices outside the embeddings, but for the experts of MoE-P."""
+    model = classifier.build_classifier(str(checkpoints(name)), section("training.mode=lora"), classifier.Lora(), "last", True, 2, 1)
+    adapted = sum(module.base_layer.weight.numel() for module in model.encoder.modules() if hasattr(module, "base_layer"))
+    encoder = classifier.load_encoder(str(checkpoints(name)))
+    whole = sum(weight.numel() for at, weight in encoder.named_parameters()
+                if weight.dim() > 1 and not any(word in at for word in ("wte", "wpe", "embed")))
+    assert classifier.share_without_adapter(encoder) == pytest.approx(1 - adapted / whole)
+    assert (adapted < whole) == (name == "moep")
+    finetune.open_subject(str(checkpoints(name)), "main", section("training.mode=lora"))
+    lora = capsys.readouterr().out
+    finetune.open_subject(str(checkpoints(name)), "main", section())
+    said = f"{name}: {1 - adapted / whole:.0%} of its weights outside the embeddings lie in no linear layer: LoRA leaves them as they are"
+    assert (said in lora) == (name == "moep") and "lie in no linear layer" not in capsys.readouterr().out
+
+
 def test_the_weights_of_the_best_epoch_are_kept_and_not_those_of_the_last(checkpoints):
     training = section("training.epochs=5", "training.lr=3e-3", "training.schedule=constant", "training.batch_size=8")
     model = classifier.build_classifier(str(checkpoints("gpt2")), training, classifier.Lora(), "last", True, 2, 1)
