@@ -238,7 +238,8 @@ def summary(job: Job, records: list[dict], cut: tuple[int, int], problems: list[
     """
     values, shown = [record[job.task.metric] for record in records], (*job.task.metrics, "largest_share", "best_epoch")
     return {"metric": job.task.metric, "score": None if problems else statistics.fmean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 and not problems else None, "n": len(job.valid),
+            "sd": statistics.stdev(values) if len(values) > 1 and not problems else None,
+            "n": len(job.valid), "official_n": job.task.size,
             "majority": best_constant(job.valid.labels, job.task.metrics), "refused": problems,
             "seeds": {str(record["seed"]): {name: record[name] for name in shown} for record in records},
             "trained_parameters": records[0]["trained_parameters"] if records else None, "mode": job.training.mode,

@@ -21,6 +21,7 @@ class Task(Section):
     labels: list[int | str] = key([0, 1], "its values, in the order of the classes", min_length=2)
     metric: Literal["accuracy", "f1"] = key("accuracy", "chooses the epoch and is the score; f1: of the second label")
     group_by: str | None = key(None, "field whose rows stay on one side of the development split")
+    size: int | None = key(None, "rows that are reported officially", ge=1, identity=False)
     epochs: int | None = key(None, "instead of training.epochs", ge=1)
     batch_size: int | None = key(None, "instead of training.batch_size", ge=1)
     lr: float | None = key(None, "instead of training.lr", gt=0)
@@ -88,7 +89,8 @@ def _require(field: str, row: dict, where: str, name: str) -> Any:
 
 
 def read_tasks(folder: Path, tasks: dict[str, Task]) -> dict[str, tuple[Rows, Rows]]:
-    """{task: (training rows, reported rows)} of those that `folder` holds; a line for each that it does not."""
+    """{task: (training rows, reported rows)} of those that `folder` holds; a line for each that it does not, and for each
+    whose reported rows are not as many as the official ones."""
     if not folder.is_dir():
         raise UserError(f"--data: {folder} is no folder; give the one with rte.train.jsonl, rte.valid.jsonl, ...")
     found = {}
@@ -100,6 +102,9 @@ def read_tasks(folder: Path, tasks: dict[str, Task]) -> dict[str, tuple[Rows, Ro
             raise UserError(f"{valid if train.exists() else train} is missing beside {train.name if train.exists() else valid.name}")
         else:
             found[name] = read_rows(train, name, task), read_rows(valid, name, task)
+            if task.size not in (None, len(found[name][1])):
+                print(f"{name}: not the official {valid.name}: {len(found[name][1]):,} rows instead of {task.size:,}: the score is not "
+                      "comparable with published ones")
     if not found:
         raise UserError(f"--data: {folder} holds none of the tasks {', '.join(tasks)} (<task>.train.jsonl, <task>.valid.jsonl)")
     return found

@@ -121,6 +121,8 @@ def test_the_shipped_yaml_is_the_official_recipe_and_equals_the_schemas_defaults
         **dict.fromkeys(tasks, (3e-5, 32, 10)), "boolq": (3e-5, 16, 10), "multirc": (3e-5, 16, 10), "wsc": (3e-5, 32, 30)}
     assert {name for name, task in tasks.items() if task.metric == "f1"} == {"mrpc", "qqp"}
     assert tasks["mnli"].labels == [0, 1, 2]
+    assert {name: task.size for name, task in tasks.items()} == {
+        "boolq": 1635, "mnli": 4908, "mrpc": 204, "multirc": 2424, "qqp": 20215, "rte": 139, "wsc": 52}
 
 
 def test_overrides_reach_training_and_tasks_and_lora_has_its_own_rate():
@@ -199,7 +201,12 @@ def test_a_line_separator_inside_a_text_is_no_line_end(tmp_path):
 def test_absent_tasks_are_skipped_with_a_line_half_present_ones_are_errors(tmp_path, data, capsys):
     tasks = finetune.read_config(finetune.CONFIG, [])[1]
     assert list(glue.read_tasks(data, tasks)) == ["rte"]
-    assert f"boolq: skipped, {data} has no boolq.train.jsonl" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"boolq: skipped, {data} has no boolq.train.jsonl" in out
+    assert "rte: not the official rte.valid.jsonl: 31 rows instead of 139: the score is not comparable" in out
+    for size in (31, None):
+        glue.read_tasks(data, {"rte": tasks["rte"].model_copy(update={"size": size})})
+    assert not capsys.readouterr().out
     with pytest.raises(UserError, match="holds none of the tasks boolq, mnli"):
         glue.read_tasks(tmp_path, tasks)
     shutil.copy(data / "rte.train.jsonl", tmp_path)
@@ -623,11 +630,11 @@ def test_a_milestone_is_filed_under_its_revision(checkpoints, data, tmp_path, ca
     assert not (tmp_path / "run/main").exists()
 
 
-def test_real_rte_is_read_whole_and_no_row_is_cut(shared):
+def test_real_rte_is_read_whole_and_no_row_is_cut(shared, capsys):
     """139 reported rows, as the official collation expects, and the published majority of 54.0."""
     task = finetune.read_config(finetune.CONFIG, [])[1]["rte"]
     train, valid = glue.read_tasks(shared / "data/glue", {"rte": task})["rte"]
-    assert (len(train), len(valid)) == (2490, 139)
+    assert (len(train), len(valid)) == (2490, 139) and not capsys.readouterr().out
     assert classifier.best_constant(valid.labels, ["accuracy"])["accuracy"] == pytest.approx(54.0, abs=0.05)
     tokenizer = models.load_tokenizer(shared / "data/golden/tiny-gpt2")
     assert glue.tokenise(train, tokenizer, 512, "left").cut == 0
