@@ -49,6 +49,7 @@ from eval.classifier import (
     train,
 )
 from eval.glue import Rows, Task, Tokens, read_tasks, split, tokenise
+from eval.reports import results_name
 
 CONFIG = Path(__file__).with_name("finetune.yaml")
 REPLACED = ("epochs", "batch_size", "lr")  # keys of the training section that a task may have of its own
@@ -104,19 +105,9 @@ class Subject:
     limit: int  # tokens per input
 
 
-def filed_under(model: str) -> str:
-    """The name of a model's results: that of its folder, as in `eval.zero_shot`, or what follows org/ in a hub name. UserError on a
-    dot in a folder's name."""
-    name = Path(model).resolve().name
-    if Path(model).is_dir() and "." in name:
-        raise UserError(f"{model}: the official pipeline files results under the name before a dot, where two models can meet: rename the "
-                        "folder")
-    return name
-
-
 def open_subject(model: str, revision: str, training: Training) -> Subject:
     """Check that a model can be fine-tuned, before anything is: finished, loadable whole, padding without effect."""
-    path, name = model, filed_under(model)
+    path, name = model, results_name(model)
     if revision != "main":
         path = str(Path(model) / revision)
         if not Path(path).is_dir():
@@ -313,7 +304,7 @@ def main() -> None:
         raise UserError(f"--tasks names no task; {args.config} has {', '.join(tasks)}")
     if not paths:
         raise UserError("give at least one model folder")
-    if twice := [name for name, n in Counter(map(filed_under, paths)).items() if n > 1]:
+    if twice := [name for name, n in Counter(map(results_name, paths)).items() if n > 1]:
         raise UserError(f"several models are named {twice[0]}: their results would lie in the same folder; use one --output each")
     rows = read_tasks(args.data, {name: tasks[name] for name in named or tasks})
     subjects = [open_subject(path, args.revision, config.training) for path in paths]

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from scipy import special, stats
 
+from babylm.config import UserError
 from babylm.run_folder import write_json, write_text
 from eval import reading
 from eval.tasks import Item, Task
@@ -99,6 +100,16 @@ def breakdown(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]])
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def results_name(model: str | Path) -> str:
+    """What a model's results are filed under: the name of its folder, or what follows org/ in a hub name. UserError on a dot in a
+    folder's name."""
+    name = Path(model).resolve().name
+    if Path(model).is_dir() and "." in name:
+        raise UserError(f"{model}: the official pipeline files results under the name before a dot, where two models can meet: rename the "
+                        "folder")
+    return name
 
 
 def write_set(folder: Path, task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> None:

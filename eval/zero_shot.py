@@ -200,8 +200,7 @@ def revisions(folder: Path, milestones: bool, revision: str | None) -> dict[str,
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder (no config.json): is the run finished? Milestones lie in its chck_* folders")
-    if "." in folder.resolve().name:
-        raise UserError(f"{folder}: results are filed under the name before a dot, as the official pipeline does: rename the folder")
+    reports.results_name(folder)
     if revision and revision != "main":
         if not (folder / revision / "config.json").is_file():
             there = sorted(path.name for path in folder.glob("chck_*"))
@@ -332,7 +331,7 @@ def main() -> None:
     columns: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     for folder, found in jobs.items():
-        name = folder.resolve().name
+        name = reports.results_name(folder)
         todo: list[tuple[str, Path, bool]] = [(revision, path, False) for revision, path in found.items()]
         if args.untrained:
             todo.append(("untrained", folder, True))

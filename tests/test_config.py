@@ -423,7 +423,7 @@ NOT_IDENTITY = {  # where things lie, how often something is said or saved, how 
     "name", "output", "fresh", "resume_path", "data.corpus", "data.tokenizer", "data.eval_path", "training.per_device_batch_size",
     "model.expert_path",
     "training.compile", "training.gradient_checkpointing", "training.device", "training.threads", "training.eval_tasks",
-    "training.eval_data", "checkpoints.save_steps",
+    "training.eval_data", "training.eval_suite", "checkpoints.save_steps",
     "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
     "logging.trackers", "lora.merge_adapter", "distillation.teacher", "distillation.teachers.path",
     "distillation.teachers.device", "distillation.cache", "distillation.cache_path", "corpus.input", "corpus.output",

@@ -613,7 +613,7 @@ def test_results_are_filed_under_the_name_of_the_folder(checkpoints, data, tmp_p
     """As by eval.zero_shot: `.` is no name, and two folders that differ after a dot are two models."""
     monkeypatch.chdir(checkpoints("gpt2"))
     assert finetune.open_subject(".", "main", section()).name == "gpt2"
-    assert finetune.filed_under("EleutherAI/pythia-1.4b") == "pythia-1.4b"
+    assert finetune.results_name("EleutherAI/pythia-1.4b") == "pythia-1.4b"
     dotted = shutil.copytree(checkpoints("gpt2"), tmp_path / "gpt.a")
     with pytest.raises(UserError, match=r"gpt\.a: the official pipeline files results under the name before a dot.*rename the folder"):
         call(dotted, "--data", data, "--output", tmp_path / "results")
