@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from babylm import models
 from babylm.config import UserError
 from eval import reading, reports
-from eval.official import read_gaps
+from eval.agreement import read_gaps
 from eval.tasks import Item, choose_tasks, find_sets, load_tasks, read_items, unlike_official
 from eval.zero_shot import completion_tokens, requests_of, revisions
 
