@@ -16,6 +16,7 @@ Time: the fast sets without reading times take about 40 s for a 3M model on one 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,10 @@ def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], bac
             scorer = Scorer(load_model(path, backend, untrained), masked=backend != "causal", batch_tokens=options["batch_tokens"],
                             bf16=options["bf16"])
         folder = output / "zero_shot" / backend / (task.folder if task.score == "reading" else f"{task.folder}/{data.name}")
+        began = time.monotonic()
         try:
-            found[data.name] = {**score_set(task, data, folder, scorer, tokenizer, backend, identity), "identity": identity}
+            scored = score_set(task, data, folder, scorer, tokenizer, backend, identity)
+            found[data.name] = {**scored, "seconds": round(time.monotonic() - began, 1), "identity": identity}
         except UserError as error:
             problems.append(f"{path.name}, {data.name}: {error}")
             print(f"error: {problems[-1]}", file=sys.stderr, flush=True)
@@ -242,8 +245,8 @@ def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], bac
         write_json(summary_file, {"model": output.parent.name, "revision": output.name, "backend": backend, "tasks": {**known, **found}})
         entry = found[data.name]
         ties = f", {100 * entry['ties']:.1f} % ties" if entry["ties"] else ""
-        print(f"{output.parent.name} {output.name}  {data.name}: {entry['score']:.2f} ± {entry['se']:.2f} ({entry['n']:,} items{ties})",
-              flush=True)
+        print(f"{output.parent.name} {output.name}  {data.name}: {entry['score']:.2f} ± {entry['se']:.2f} "
+              f"({entry['n']:,} items{ties}, {entry['seconds']} s)", flush=True)
         if "bf16" in entry:
             effect = entry["bf16"]
             print(f"  bf16: {effect['changed']} of {effect['items']} predictions are others than in fp32; scores differ by up to "
