@@ -14,6 +14,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from babylm import models
 from babylm.config import UserError
@@ -132,7 +137,8 @@ def test_predictions_and_printed_scores_are_the_official_ones(shared, name, back
                     one, other = json.loads(one), json.loads(other)
                     assert list(one) == list(other)
                     for key, value in one.items():
-                        same = value == other[key] if isinstance(value, str) else np.allclose(value, other[key], 1e-3, 1e-6, equal_nan=True)
+                        near = 1e-5 if key == "AIC" else 1e-3  # an AIC is large: a parameter more or less is 2 of 16,000
+                        same = value == other[key] if isinstance(value, str) else np.allclose(value, other[key], near, 1e-6, equal_nan=True)
                         assert same, (name, key, value, other[key])
             assert file.with_name("correlations.txt").read_text() == mine.with_name("correlations.txt").read_text()
     assert compared == len(sets)
@@ -496,6 +502,17 @@ def test_the_tasks_of_2026_are_a_file_of_changes(model, score, tmp_path, data):
     mean = np.mean([logits[place - 1, ids[place]].item() for place in scored])
     assert rows[0]["scores"][1] == pytest.approx(mean, abs=1e-4), "nats per token of the completion"
     assert predictions["eng_0"]["predictions"][0]["pred"].startswith(" ")
+
+
+@pytest.mark.parametrize("template, first", [("<s> $A </s>", 3), ("<s> $A", 3), ("$A </s>", 2)])
+def test_the_first_mask_is_found_with_and_without_an_end_token(template, first):
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "<mask>", "the", "cat"])}, "<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", mask_token="<mask>")
+    row = dict.fromkeys(reading.TEXTS, "") | {"item": "the cat", "word": "cat"}
+    ((_, _, mlm),), ((_, _, mntp),) = (reading.requests([row], tokenizer, name) for name in ("mlm", "mntp"))
+    assert mlm.ids[first:first + 3] == (3, 3, 3) and mlm.targets == ((first, 5),) and mntp.targets == ((first - 1, 5),)
 
 
 @pytest.mark.parametrize("backend, early", [("mlm", 0), ("mntp", 1)])
