@@ -395,7 +395,7 @@ def compare_all(models: dict[str, Path], resamples: int, seed: int, reading_csv:
         compare = compare_wug if task.startswith("wug") else compare_accuracy
         for name in models:
             tied = np.mean([bool(item.get("tie")) for item in items[name].values()])
-            if tied > 0.01:
+            if tied > 0.01 and compare is compare_accuracy:
                 notes.append(f"{task}: {100 * tied:.1f} % of {name}'s answers are ties, which count as right, as officially")
         for a, b in pairs:
             require_same_data(task.rsplit("/", 1)[-1], models[a], models[b])
