@@ -122,9 +122,8 @@ UNITS = {"accuracy": "accuracy (%)", "spearman": "Spearman's rho", "reading": "v
 
 def draw_results(folders, models, output, width) -> int:
     """Draw and tabulate results/<model> folders; the exit code."""
-    from eval import reports, tasks  # here, because they load torch, which curves of runs do without
+    from eval import reports  # here, because it loads torch, which curves of runs do without
 
-    known = {name: task for suite in reversed(tasks.SUITES) for name, task in tasks.load_tasks(suite).items()}
     runs = [results for folder in dict.fromkeys(folder.rstrip("/") for folder in folders) for results in load_results(folder, models)]
     names = [run.name for run in runs]
     for run in runs:
@@ -132,19 +131,19 @@ def draw_results(folders, models, output, width) -> int:
             run.name = f"{run.folder.parent.name}/{run.name}"
         for problem in run.problems:
             print(f"warning: {problem}", file=sys.stderr)
-    figure = scores_figure(runs, {name: (UNITS[task.score], task.chance) for name, task in known.items()}, width)
+    rows = [row for run in runs for table in run.tables.values() for row in table.values()]
+    figure = scores_figure(runs, {row["task"]: (UNITS[row["kind"]], row["chance"]) for row in rows}, width)
     if figure is not None:
         print("wrote", *save(figure, output / "scores"))
     columns = {}
     for run in runs:
         for revision in filter(None, (run.final, "untrained" if "untrained" in run.tables else None)):
-            columns[run.name if revision == "main" else f"{run.name} {revision}"] = {
-                name: row for name, row in run.tables[revision].items() if row["task"] in known}
+            columns[run.name if revision == "main" else f"{run.name} {revision}"] = run.tables[revision]
     if not any(columns.values()):
         print("no scores to show: python -m eval.zero_shot models/NAME --milestones --data <evaluation data> writes them",
               file=sys.stderr)
         return 2
-    print("\n" + reports.table(columns, known))
+    print("\n" + reports.table(columns))
     return 0
 
 

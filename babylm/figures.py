@@ -315,6 +315,9 @@ def experts_plot(run, width=6.8):
 # ---- Evaluation results ---------------------------------------------------------------------------------------------
 
 
+NEEDED = {"task", "kind", "chance", "score", "se", "n", "ties"}    # of an entry of summary.json
+
+
 @dataclass(eq=False)
 class Results:
     """What results/<model> holds for one backend. `tables`: {revision: {set: its entry of summary.json}}, as they come."""
@@ -365,9 +368,9 @@ def load_results(folder, models="models") -> list[Results]:
             problems.append(f"{file}: not a whole summary of scores (cut short?), not drawn: score this revision again")
             continue
         results = found.setdefault(backend, Results(folder, folder.name if backend == "causal" else f"{folder.name} ({backend})"))
-        whole = {name: row for name, row in table.items() if isinstance(row, dict) and {"task", "score", "se", "n", "ties"} <= row.keys()
+        whole = {name: row for name, row in table.items() if isinstance(row, dict) and row.keys() >= NEEDED
                  and math.isfinite(number(row["score"]))}
-        problems += [f"{file}: {name} has no finite score, or lacks one of task, score, se, n, ties: not drawn"
+        problems += [f"{file}: {name} has no finite score, or lacks one of {', '.join(sorted(NEEDED))}: not drawn"
                      for name in table if name not in whole]
         results.tables[revision] = whole
     finished = Path(models, folder.name, "run", "finished.json")

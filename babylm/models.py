@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from babylm.config import LoraSection, ModelSection, MoEPModelSection, TrainingSection, UserError
+from babylm.config import LoraSection, ModelSection, MoEPModelSection, TrainingSection, UserError, content_hash
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from modeling_moep import MoEPConfig, MoEPForCausalLM
 
@@ -166,7 +167,7 @@ def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
     """A pretrained causal model in fp32 from a folder (own code allowed) or the hub (own code refused, never asked about)."""
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=Path(path).exists(), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load the model {path}: {_first_line(error)}") from error
 
 
@@ -186,6 +187,22 @@ def weights_fingerprint(path: str) -> str:
     own = "-".join(file_sha256(file)[:16] for file in files) or path
     adapter = _adapter_settings(path)
     return f"{own}+{weights_fingerprint(adapter['base_model_name_or_path'])}" if adapter else own
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """What belongs to a checkpoint: the files right in its folder (the run's record and milestones are folders of their own).
+
+    Not the model card, in which results may be entered after they were made.
+    """
+    return sorted(file for file in folder.iterdir()
+                  if file.is_file() and not file.name.startswith(".") and file.name not in ("README.md", "complete.json"))
+
+
+def checkpoint_fingerprint(folder: Path, weights: bool = True) -> str:
+    """A hash of all that a checkpoint's answers follow from: weights (or not), config, code, tokenizer, and an adapter's base."""
+    files = [file for file in checkpoint_files(folder) if weights or file.suffix not in (".safetensors", ".bin")]
+    return content_hash({file.name: file_sha256(file) for file in files}
+                        | ({"base": weights_fingerprint(str(folder))} if _adapter_settings(str(folder)) else {}))
 
 
 def _adapter_settings(path: str) -> dict | None:

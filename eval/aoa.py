@@ -41,8 +41,9 @@ from transformers import PreTrainedTokenizerFast
 from babylm import figures, models
 from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
-from custom_dataset import file_sha256, tokenizer_fingerprint
+from custom_dataset import file_sha256
 from eval.reading import GAPS
+from eval.reports import results_name
 from eval.scorer import Request, Scorer
 from eval.tasks import Item
 from eval.zero_shot import BACKENDS, load_model, requests_of, revisions
@@ -339,14 +340,14 @@ def main() -> None:
     args = parser.parse_args()
     suite, chosen = SUITES[args.suite], choose_milestones(args.model, args.milestones)
     words, (months, children) = read_words(args.data / CONTEXTS, suite), read_children(args.data / CHILDREN)
-    stem = args.model.resolve().name
+    stem = results_name(args.model)
     folder = args.output / stem / "main" / "zero_shot" / args.backend / "AoA_word"
     data = file_sha256(args.data / CONTEXTS)
     print(f"{stem}: {len(words):,} words in {sum(len(word.contexts) for word in words):,} contexts, {len(chosen)} milestones", flush=True)
     values = {}
     for name, (path, _) in chosen.items():
         tokenizer = models.load_tokenizer(path)
-        identity = {"weights": models.weights_fingerprint(str(path)), "tokenizer": tokenizer_fingerprint(tokenizer), "data": data}
+        identity = {"checkpoint": models.checkpoint_fingerprint(path), "data": data}
         values[name] = surprisals(path, words, suite, args.backend, identity, folder / "steps" / args.suite / f"{name}.json")
         print(f"{name}: {np.mean(values[name]):.3f} nats per word", flush=True)
     milestones = {name: seen for name, (_, seen) in chosen.items()}

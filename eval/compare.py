@@ -22,6 +22,7 @@ question about seeds: train several of each.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -179,10 +180,10 @@ def sign_p(differences: np.ndarray) -> float:
     return float(min(1.0, 2 * (tail + 1) / (len(differences) + 1)))
 
 
-def uid_weights(uids: list[str], task: str) -> dict[str, float]:
+def uid_weights(uids: list[str], by_split: bool) -> dict[str, float]:
     """Share of each UID in the official score, summing to 1: all alike, or for entity tracking alike within equal splits."""
     distinct = list(dict.fromkeys(uids))
-    splits = {uid: uid.rsplit("_", 2)[0] if task.startswith("entity_tracking") else "" for uid in distinct}  # <split>_<n>_ops
+    splits = {uid: uid.rsplit("_", 2)[0] if by_split else "" for uid in distinct}  # <split>_<n>_ops
     sizes = {split: list(splits.values()).count(split) for split in splits.values()}
     return {uid: 1 / (len(sizes) * sizes[splits[uid]]) for uid in distinct}
 
@@ -252,7 +253,7 @@ def bootstrap_rows(score: Callable[[np.ndarray], np.ndarray], rows: int, resampl
 # ---- One task, two models -------------------------------------------------------------------------------------------
 
 
-def compare_accuracy(task: str, names: tuple[str, str], a: Items, b: Items, resamples: int, seed: int) -> Comparison:
+def compare_accuracy(task: str, names: tuple[str, str], a: Items, b: Items, resamples: int, seed: int, by_split: bool) -> Comparison:
     """A task whose items are right or wrong. UserError where an item of either says neither."""
     for name, items in zip(names, (a, b), strict=True):
         for (uid, key), item in items.items():
@@ -263,13 +264,16 @@ def compare_accuracy(task: str, names: tuple[str, str], a: Items, b: Items, resa
     for key in a:
         right[key[0]].append((a[key]["pred"] == a[key]["gold"], b[key]["pred"] == b[key]["gold"]))
     answers = {uid: np.array(pairs, dtype=int) for uid, pairs in right.items()}  # [items, 2]
-    weights = uid_weights([uid for uid, _ in a], task)
+    weights = uid_weights([uid for uid, _ in a], by_split)
     score_a, score_b = (100 * sum(weight * answers[uid][:, side].mean() for uid, weight in weights.items()) for side in (0, 1))
     every = np.concatenate(list(answers.values()))
     only_a, only_b = int((every[:, 0] > every[:, 1]).sum()), int((every[:, 0] < every[:, 1]).sum())
     result = Comparison(task, *names, len(every), score_a, score_b, score_b - score_a, only_a=only_a, only_b=only_b,
                         p_mcnemar=mcnemar(only_a, only_b))
     strata = [(100 * weight, answers[uid][:, 1] - answers[uid][:, 0]) for uid, weight in weights.items()]
+    if len(alone := [stratum for stratum in strata if len(stratum[1]) == 1]) > 1:  # GlobalPIQA: each item a UID; one stratum together
+        strata = [stratum for stratum in strata if len(stratum[1]) > 1]
+        strata.append((sum(weight for weight, _ in alone), np.concatenate([values for _, values in alone])))
     result.p = swap_p(strata, resamples, np.random.default_rng(seed))
     if min(len(values) for _, values in strata) > 1:
         result.low, result.high = interval(resample_accuracy(strata, resamples, np.random.default_rng(seed)))
@@ -392,10 +396,13 @@ def compare_all(models: dict[str, Path], resamples: int, seed: int, reading_csv:
     results: list[Comparison] = []
     for task in (task for task in every if not lacking[task]):
         items = {name: read_items(files[name][task]) for name in models}
-        compare = compare_wug if task.startswith("wug") else compare_accuracy
+        rules = origin(next(iter(models.values())), task.rsplit("/", 1)[-1]).get("task", {})  # by name where nothing says them
+        wug = rules.get("score", "spearman" if task.startswith("wug") else "") == "spearman"
+        by_split = rules.get("average", "splits" if task.startswith("entity_tracking") else "") == "splits"
+        compare = compare_wug if wug else functools.partial(compare_accuracy, by_split=by_split)
         for name in models:
             tied = np.mean([bool(item.get("tie")) for item in items[name].values()])
-            if tied > 0.01 and compare is compare_accuracy:
+            if tied > 0.01 and not wug:
                 notes.append(f"{task}: {100 * tied:.1f} % of {name}'s answers are ties, which count as right, as officially")
         for a, b in pairs:
             require_same_data(task.rsplit("/", 1)[-1], models[a], models[b])

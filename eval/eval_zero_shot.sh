@@ -10,4 +10,6 @@ fi
 model=$(realpath "$1") data=$(realpath -m "${3:-evaluation_data/full_eval}")
 output=$(realpath -m results)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec python -m eval.zero_shot "$model" --backend "$2" --data "$data" --output "$output"
+python=${PYTHON:-}
+[ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python || python=python; }
+exec "$python" -m eval.zero_shot "$model" --backend "$2" --data "$data" --output "$output"

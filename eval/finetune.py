@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from babylm import models
 from babylm.config import Section, UserError, apply_override, check, identity, key, read_yaml
 from babylm.run_folder import require_finished, run_stage, write_json, write_text
-from custom_dataset import file_sha256, tokenizer_fingerprint
+from custom_dataset import file_sha256
 from eval.classifier import (
     Classifier,
     Lora,
@@ -155,7 +155,7 @@ class Job:
         own = {at: value for at, value in identity(self.task).items() if at not in REPLACED}
         values |= {f"tasks.{self.name}.{at}": value for at, value in own.items()}
         return values | {"training.pooling": self.subject.pooling, "limit": self.subject.limit,
-                         "model": models.weights_fingerprint(self.subject.path), "tokenizer": tokenizer_fingerprint(self.subject.tokenizer),
+                         "model": models.checkpoint_fingerprint(path) if (path := Path(self.subject.path)).is_dir() else str(path),
                          self.train.path.name: file_sha256(self.train.path), self.valid.path.name: file_sha256(self.valid.path)}
 
 

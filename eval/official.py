@@ -23,6 +23,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from babylm.config import UserError, milestone_words
+from babylm.models import checkpoint_files
 from babylm.run_folder import is_whole, require_finished, run_stage, write_json, write_text
 from custom_dataset import file_sha256
 from eval.agreement import read_json, report
@@ -138,15 +139,6 @@ def snapshot_id(folder: Path) -> str:
     for file in checkpoint_files(folder):
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """What belongs to a checkpoint: the files right in its folder (the run's record and milestones are folders of their own).
-
-    Not the model card, in which results may be entered after they were made.
-    """
-    return sorted(file for file in folder.iterdir()
-                  if file.is_file() and not file.name.startswith(".") and file.name not in ("README.md", "complete.json"))
 
 
 def build_cache(revisions: dict[str, Path], name: str, home: Path) -> dict[str, str]:

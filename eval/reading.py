@@ -30,15 +30,24 @@ GAPS = ("", "None", "nan", "NaN", "NA", "N/A", "null", "NULL")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of reading_data.csv. UserError names the columns that are missing, or the line of a row that is cut short."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    """The rows of reading_data.csv. UserError names the columns that are missing, or the line of a row that is cut short or holds no
+    number where one belongs."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; fetch it again") from None
     needed = {*TEXTS, *CONTROLS, *EYE_TRACKING, SELF_PACED, "prev_length"}
     if missing := sorted(needed - set(rows[0] if rows else ())):
         raise UserError(f"{path} lacks the columns {', '.join(missing)}: is it the reading_data.csv of the evaluation data?")
     for number, row in enumerate(rows, 2):
         if None in row.values() or None in row:
             raise UserError(f"{path}, line {number}: {'fewer' if None in row.values() else 'more'} fields than the header has")
+        for name in (*CONTROLS, "prev_length", *(name for name in MEASURES if name in row)):
+            try:
+                _number(row[name])
+            except ValueError:
+                raise UserError(f"{path}, line {number}: {name} is {row[name]!r}, no number") from None
     return rows
 
 
@@ -117,7 +126,11 @@ def power(rows: Sequence[dict[str, str]], pred: np.ndarray, prev_pred: np.ndarra
 
 def column(rows: Sequence[dict[str, str]], name: str) -> np.ndarray:
     """[rows], NaN where there is a gap."""
-    return np.array([float(row[name]) if row[name] not in GAPS else np.nan for row in rows])
+    return np.array([_number(row[name]) for row in rows])
+
+
+def _number(text: str) -> float:
+    return float(text) if text not in GAPS else np.nan
 
 
 def _least_squares(measured: np.ndarray, columns: list[np.ndarray]) -> dict[str, float]:

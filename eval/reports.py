@@ -13,7 +13,7 @@ from scipy import special, stats
 from babylm.config import UserError
 from babylm.run_folder import write_json, write_text
 from eval import reading
-from eval.tasks import Item, Task
+from eval.tasks import SUITES, Item, Task
 
 BASELINES = Path(__file__).with_name("baselines.yaml")
 RESAMPLES = 500  # for standard errors that have no formula
@@ -49,7 +49,10 @@ def accuracy(task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]], 
     for uids in hits.values():
         shares = [(np.mean(values), len(values)) for values in uids.values()]
         means.append(np.mean([share for share, _ in shares]))
-        variances.append(sum(share * (1 - share) / count for share, count in shares) / len(shares) ** 2)
+        # A uid of a single item says nothing of its own spread (GlobalPIQA has no others): these are one stratum together.
+        alone = np.mean([share for share, count in shares if count == 1] or [0])
+        spread = [share * (1 - share) / count if count > 1 else alone * (1 - alone) for share, count in shares]
+        variances.append(sum(spread) / len(shares) ** 2)
     return 100 * float(np.mean(means)), 100 * float(np.sqrt(np.sum(variances)) / len(means))
 
 
@@ -167,7 +170,7 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 # ---- The table ------------------------------------------------------------------------------------------------------
 
 
-def table(columns: dict[str, dict[str, dict[str, Any]]], tasks: dict[str, Task]) -> str:
+def table(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown: a row per scored set, a column per model (score ± standard error, ties where there are any), then chance.
 
     Args:
@@ -181,7 +184,8 @@ def table(columns: dict[str, dict[str, dict[str, Any]]], tasks: dict[str, Task])
         cells = ["-" if entry is None else f"{entry['score']:.2f} ± {entry['se']:.2f}" +
                  (f" ({100 * entry['ties']:.1f} % ties: {entry['strict']:.2f} without)" if entry["ties"] and "strict" in entry else "")
                  for entry in entries]
-        lines.append(f"| {name} | {one['n']:,} | {' | '.join(cells)} | {tasks[one['task']].chance:g} |")
+        mark = " (not the official set)" if any("unlike_official" in entry for entry in entries if entry) else ""
+        lines.append(f"| {name}{mark} | {one['n']:,} | {' | '.join(cells)} | {one['chance']:g} |")
     return "\n".join(lines)
 
 
@@ -199,9 +203,10 @@ def phenomena(columns: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def baseline_rows(names: Sequence[str], suite: str) -> str:
     """Published scores of the tasks of these names, as lines: those of 2026 with its suite, the others with the other suites."""
+    of_2026 = suite == "2026" or Path(suite).resolve() == SUITES["2026"]
     lines = []
     for title, values in yaml.safe_load(BASELINES.read_text(encoding="utf-8")).items():
         known = {name: value for name, value in values.items() if any(one.startswith(name) for one in names)}
-        if known and title.startswith("2026") == (suite == "2026"):
+        if known and title.startswith("2026") == of_2026:
             lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in known.items()))
     return "\n".join(lines)

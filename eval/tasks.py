@@ -1,6 +1,7 @@
 """The zero-shot tasks: what tasks.yaml says of each, which sets of them lie in a data folder, and their items."""
 
 import json
+import string
 import tarfile
 import zipfile
 import zlib
@@ -106,10 +107,13 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(entries, dict):
         raise UserError(f"{path}: not a mapping of task names to their descriptions")
     base = entries.pop("changes", None)
-    whole = _entries(path.with_name(base)) if base else {}
+    if base is not None and (not (path.parent / str(base)).is_file() or (path.parent / str(base)).samefile(path)):
+        raise UserError(f"{path}: changes: {base!r} is no other file beside it")
+    whole = _entries(path.parent / base) if base else {}
     for name, entry in entries.items():
-        if not isinstance(entry, dict) and not (base and entry is None):
-            raise UserError(f"{path}: {name}: expected the keys of a task" + (", or null for a task that is gone" if base else ""))
+        if not isinstance(entry, dict) and not (name in whole and entry is None):
+            gone = f", or null for a task of {base} that is gone" if base else ""
+            raise UserError(f"{path}: {name}: expected the keys of a task{gone}")
         whole[name] = None if entry is None else {**whole.get(name, {}), **entry}
     return {name: entry for name, entry in whole.items() if entry is not None}
 
@@ -158,7 +162,7 @@ def find_sets(task: Task, data: Path) -> list[Path]:
     Raises:
         UserError: folders of one name with different content, whose results would overwrite each other.
     """
-    inner = [path for path in data.iterdir() if path.is_dir()]
+    inner = [path for path in data.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]  # __MACOSX in archives
     roots = [data, *inner] if len(inner) == 1 else [data]
     places = [place for root in roots for place in (root, root / "full_eval", root / "fast_eval")]
     found = []
@@ -179,15 +183,16 @@ def data_files(folder: Path) -> dict[str, str]:
 
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSONL file. UserError names file and line of one that is cut short or not an object."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON (cut short?): {line[:60]!r}; fetch the file again") from None
+        except ValueError:  # bytes that are no UTF-8, too
+            shown = line[:60].decode("utf-8", errors="replace")
+            raise UserError(f"{path}, line {number}: not JSON (cut short?): {shown!r}; fetch the file again") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
+            raise UserError(f"{path}, line {number}: not a JSON object: {str(row)[:60]!r}")
         yield number, row
 
 
@@ -195,7 +200,8 @@ def read_items(task: Task, folder: Path) -> list[Item]:
     """All items of one set, in the files' order.
 
     Raises:
-        UserError: no JSONL file, no row, a row that lacks a field (file and line are named), or fewer than two candidates.
+        UserError: no JSONL file, no row, a row that lacks a field or holds something else than it should (file and line are named),
+            or fewer than two candidates.
     """
     items: list[Item] = []
     counts: dict[str, int] = {}
@@ -207,11 +213,9 @@ def read_items(task: Task, folder: Path) -> list[Item]:
             except KeyError as error:
                 raise UserError(f"{file}, line {number}: a row of {task.title} needs the field {error.args[0]!r}; it has "
                                 f"{', '.join(row)}") from None
-            if item is None:
-                continue
-            if len(item.texts) < 2:
-                raise UserError(f"{file}, line {number}: {task.title} needs at least two candidates to choose from, not {len(item.texts)}")
-            items.append(item)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{file}, line {number}: no row of {task.title}: {error}") from None
+            items += [item] if item else []
     if not items:
         why = "its files are empty" if files else "no *.jsonl"
         raise UserError(f"{folder} holds no items of {task.title} ({why}); get it from: {task.source}")
@@ -219,18 +223,23 @@ def read_items(task: Task, folder: Path) -> list[Item]:
 
 
 def _item(task: Task, file: str, row: dict[str, Any], counts: dict[str, int]) -> Item | None:
-    fields = {"file": file, **row}
-    if task.name == "blimp" and "UID" not in row:
-        fields["UID"] = file
+    fields = {"file": file, "UID": file, **row}
     if task.options is not None:
         options = row[task.options]
         texts = tuple(options.split(task.separator) if task.separator else options)
         if task.skip_options and any(task.skip_options in text for text in texts):
             return None
-        prefixes = (task.prefix.format_map(fields),) * len(texts)
+        prefixes = (_filled(task.prefix, fields),) * len(texts)
     else:
-        prefixes = tuple(candidate.prefix.format_map(fields) for candidate in task.candidates)
-        texts = tuple(candidate.text.format_map(fields) for candidate in task.candidates)
+        prefixes = tuple(_filled(candidate.prefix, fields) for candidate in task.candidates)
+        texts = tuple(_filled(candidate.text, fields) for candidate in task.candidates)
+    gold = None if task.score == "spearman" else int(row[task.gold]) if task.gold else 0
+    if len(texts) < 2:
+        raise ValueError(f"it needs at least two candidates to choose from, not {len(texts)}")
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"a candidate is empty, or no text: {texts}")  # nothing to score would be likelier than anything else
+    if gold is not None and not 0 <= gold < len(texts):
+        raise ValueError(f"{task.gold} is {gold}, but there are {len(texts)} candidates, counted from 0")
     uid = task.uid.format_map(fields)
     uid = task.uid_names.get(uid, uid)
     index = counts[uid] = counts.get(uid, -1) + 1
@@ -240,8 +249,15 @@ def _item(task: Task, file: str, row: dict[str, Any], counts: dict[str, int]) ->
         if value is not None:
             groups[heading] = {"syntax_semantics": "syntax/semantics"}.get(value, value)  # BLiMP spells it both ways
     names = texts if task.predict == "text" else tuple(prefix + text for prefix, text in zip(prefixes, texts, strict=True))
-    return Item(uid, f"{uid}_{index}", prefixes, texts, None if task.score == "spearman" else int(row[task.gold]) if task.gold else 0,
-                float(row["ratio"]) if task.score == "spearman" else None, groups, file, names)
+    ratio = float(row["ratio"]) if task.score == "spearman" else None
+    return Item(uid, f"{uid}_{index}", prefixes, texts, gold, ratio, groups, file, names)
+
+
+def _filled(template: str, fields: dict[str, Any]) -> str:
+    for _, name, _, _ in string.Formatter().parse(template):
+        if name is not None and not isinstance(fields[name], str):
+            raise ValueError(f"the field {name!r} is {fields[name]!r}, no text")
+    return template.format_map(fields)
 
 
 def unlike_official(task: Task, name: str, uids: Sequence[str]) -> str | None:

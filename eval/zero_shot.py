@@ -17,19 +17,20 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
 from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
-from custom_dataset import file_sha256, tokenizer_fingerprint
 from eval import reading, reports
 from eval.scorer import BATCH_TOKENS, Request, Scorer
 from eval.tasks import SUITES, Item, Task, choose_tasks, data_files, find_sets, load_tasks, open_data, read_items, unlike_official
@@ -57,6 +58,9 @@ def requests_of(item: Item, tokenizer: PreTrainedTokenizerFast, backend: str) ->
             shift = 1 if backend == "mntp" else 0  # trained to predict the masked token one position earlier
             found.append([Request((*ids[:place], tokenizer.mask_token_id, *ids[place + 1:]), ((place - shift, ids[place]),), item.id)
                           for place in scored if place >= shift])
+        if not any(request.targets for request in found[-1]):
+            raise UserError(f"{item.id}: of {text!r} nothing can be scored (no token, or only a first one that nothing predicts): a text "
+                            "without a log-probability would win every comparison")
     return found
 
 
@@ -187,7 +191,7 @@ def load_model(path: Path, backend: str, untrained: bool) -> PreTrainedModel:
     else:
         try:
             model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot load {path} as a masked model: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -217,47 +221,77 @@ def revisions(folder: Path, milestones: bool, revision: str | None) -> dict[str,
 def score_model(path: Path, output: Path, sets: Sequence[tuple[Task, Path]], backend: str, options: dict[str, Any],
                 untrained: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Score one checkpoint on some sets. Returns ({set: summary}, problems); a set with bad data costs the others nothing."""
-    summary_file = output / "zero_shot" / backend / "summary.json"
-    known = json.loads(summary_file.read_text(encoding="utf-8"))["tasks"] if summary_file.is_file() else {}
+    home, name = output / "zero_shot" / backend, f"{output.parent.name} {output.name}"
+    checkpoint = ("untrained " if untrained else "") + models.checkpoint_fingerprint(path, weights=not untrained)
+    move_results_aside(home, checkpoint)
     tokenizer = models.load_tokenizer(path)
-    weights = f"untrained {file_sha256(path / 'config.json')}" if untrained else models.weights_fingerprint(str(path))
     scorer, problems, found = None, [], {}
     for task, data in sets:
-        identity = {"weights": weights, "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "data": [content[:16] for content in data_files(data).values()],
+        identity = {"checkpoint": checkpoint, "data": [content[:16] for content in data_files(data).values()],
                     "task": task.model_dump(exclude={"title", "source", "sizes", "chance"}), "bf16": options["bf16"]}
-        if known.get(data.name, {}).get("identity") == identity and not options["fresh"]:
-            found[data.name] = known[data.name]
-            continue
-        if scorer is None:
-            _warn_about(tokenizer, backend, path)
-            scorer = Scorer(load_model(path, backend, untrained), masked=backend != "causal", batch_tokens=options["batch_tokens"],
-                            bf16=options["bf16"])
-        folder = output / "zero_shot" / backend / (task.folder if task.score == "reading" else f"{task.folder}/{data.name}")
-        began = time.monotonic()
-        try:
-            scored = score_set(task, data, folder, scorer, tokenizer, backend, identity)
-            found[data.name] = {**scored, "seconds": round(time.monotonic() - began, 1), "identity": identity}
-        except UserError as error:
-            problems.append(f"{path.name}, {data.name}: {error}")
-            print(f"error: {problems[-1]}", file=sys.stderr, flush=True)
-            continue
-        write_json(summary_file, {"model": output.parent.name, "revision": output.name, "backend": backend, "tasks": {**known, **found}})
-        entry = found[data.name]
-        ties = f", {100 * entry['ties']:.1f} % ties" if entry["ties"] else ""
-        print(f"{output.parent.name} {output.name}  {data.name}: {entry['score']:.2f} ± {entry['se']:.2f} "
-              f"({entry['n']:,} items{ties}, {entry['seconds']} s)", flush=True)
-        if "bf16" in entry:
-            effect = entry["bf16"]
-            print(f"  bf16: {effect['changed']} of {effect['items']} predictions are others than in fp32; scores differ by up to "
-                  f"{effect['largest_nats']:.2f} nats", flush=True)
-        if "unlike_official" in entry:
-            print(f"  {entry['unlike_official']}: the score is not comparable with published ones", flush=True)
-        if entry["ties"] > 0.5:
-            problems.append(f"{path.name}, {data.name}: {100 * entry['ties']:.0f} % of the answers are ties, which count as right "
-                            "officially: this model answers the same for everything")
-            print(f"error: {problems[-1]}", file=sys.stderr, flush=True)
+        folder = home / (task.folder if task.score == "reading" else f"{task.folder}/{data.name}")
+        entry = read_summary(home).get(data.name)
+        whole = entry is not None and entry["identity"] == identity and (folder / "items.jsonl").is_file()
+        if not whole or options["fresh"]:
+            if scorer is None:
+                _warn_about(tokenizer, backend, path)
+                scorer = Scorer(load_model(path, backend, untrained), masked=backend != "causal", batch_tokens=options["batch_tokens"],
+                                bf16=options["bf16"])
+            if entry is not None and entry["identity"] != identity:
+                other = {"data": "of other files", "task": "by other rules", "bf16": "in another precision"}
+                print(f"{name}  {data.name}: replaces {entry['score']:.2f}, scored "
+                      + ", ".join(text for key, text in other.items() if entry["identity"].get(key) != identity[key]), flush=True)
+            began = time.monotonic()
+            try:
+                scored = score_set(task, data, folder, scorer, tokenizer, backend, identity)
+            except UserError as error:
+                problems.append(f"{path.name}, {data.name}: {error}")
+                print(f"error: {problems[-1]}", file=sys.stderr, flush=True)
+                continue
+            entry = {**scored, "kind": task.score, "chance": task.chance, "seconds": round(time.monotonic() - began, 1),
+                     "identity": identity}
+            # Read again: a call beside this one may have added a set.
+            write_json(home / "summary.json", {"model": output.parent.name, "revision": output.name, "backend": backend,
+                                               "tasks": {**read_summary(home), data.name: entry}})
+            ties = f", {100 * entry['ties']:.1f} % ties" if entry["ties"] else ""
+            print(f"{name}  {data.name}: {entry['score']:.2f} ± {entry['se']:.2f} ({entry['n']:,} items{ties}, {entry['seconds']} s)",
+                  flush=True)
+        found[data.name] = entry
+        problems += remarks(entry, f"{path.name}, {data.name}")
     return found, problems
+
+
+def read_summary(home: Path) -> dict[str, dict[str, Any]]:
+    """{set: its entry} of <revision>/zero_shot/<backend>/summary.json; empty without one."""
+    file = home / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() else {}
+
+
+def move_results_aside(home: Path, checkpoint: str) -> None:
+    """Results of another checkpoint of this name are kept apart: one table must not mix two models."""
+    if any(entry["identity"].get("checkpoint") != checkpoint for entry in read_summary(home).values()):
+        number = 1
+        while (aside := home.parents[1] / f"zero_shot-old{number}" / home.name).exists():
+            number += 1
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        home.rename(aside)
+        print(f"{home} held results of another checkpoint of this name: moved to {aside}", flush=True)
+
+
+def remarks(entry: dict[str, Any], where: str) -> list[str]:
+    """Print what must be known about a score, whenever it was made; return what makes it worthless."""
+    if "bf16" in entry:
+        effect = entry["bf16"]
+        print(f"  bf16: {effect['changed']} of {effect['items']} predictions are others than in fp32; scores differ by up to "
+              f"{effect['largest_nats']:.2f} nats", flush=True)
+    if "unlike_official" in entry:
+        print(f"  {entry['unlike_official']}: the score is not comparable with published ones", flush=True)
+    if entry["ties"] <= 0.5:
+        return []
+    problem = (f"{where}: {100 * entry['ties']:.0f} % of the answers are ties, which count as right officially: this model answers the "
+               "same for everything")
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return [problem]
 
 
 def _warn_about(tokenizer: PreTrainedTokenizerFast, backend: str, path: Path) -> None:
@@ -329,6 +363,12 @@ def main() -> None:
     if not args.models:
         raise UserError("give at least one model folder")
     jobs = {folder: revisions(folder, args.milestones, args.revision) for folder in args.models}  # names first: no score is made in vain
+    for folder, count in Counter(map(reports.results_name, args.models)).items():
+        if count > 1:
+            raise UserError(f"several models are named {folder}: their results would lie in the same folder; use one --output each")
+    for folder in args.models:
+        if (output / reports.results_name(folder)).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--output {output}: the results would lie inside the checkpoint {folder}; choose another folder")
     sets = chosen_sets(chosen, open_data(args.data))
     options = {"bf16": args.bf16, "batch_tokens": args.batch_tokens, "fresh": args.fresh}
     columns: dict[str, dict[str, Any]] = {}
@@ -339,12 +379,18 @@ def main() -> None:
         if args.untrained:
             todo.append(("untrained", folder, True))
         for revision, path, untrained in todo:
-            scored, wrong = score_model(path, output / name / revision, sets, args.backend, options, untrained)
+            try:
+                scored, wrong = score_model(path, output / name / revision, sets, args.backend, options, untrained)
+            except UserError as error:  # a damaged checkpoint costs the others nothing
+                scored, wrong = {}, [str(error)]
+                print(f"error: {error}", file=sys.stderr, flush=True)
             problems += wrong
             if revision in ("main", "untrained", args.revision):
                 columns[name if revision == "main" else f"{name} {revision}"] = scored
+    if not sets:
+        print(f"nothing was scored: {args.data} holds no set of this suite", flush=True)
     if any(columns.values()):
-        print("\n" + reports.table(columns, tasks))
+        print("\n" + reports.table(columns))
         print(reports.phenomena(columns))
         print(reports.baseline_rows([task.name for task, _ in sets], args.suite))
     if problems:

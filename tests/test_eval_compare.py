@@ -195,7 +195,7 @@ def test_results_of_other_data_or_rules_are_not_paired(model, call, key, message
     """The ids and right answers of two halves of a set of minimal pairs are the same."""
     a, b = (model(name, {"blimp/x": answers([1, 0, 1])}) for name in "AB")
     for folder, value in ((a, "one"), (b, "other")):
-        identity = {"data": ["same"], "task": "same", key: value}
+        identity = {"data": ["same"], "task": {"score": "accuracy"}} | {key: {"data": [value], "task": {"uid": value}}[key]}
         (folder / "main/zero_shot/causal/summary.json").write_text(json.dumps({"tasks": {"x": {"identity": identity}}}))
     with pytest.raises(UserError, match=f"x: the results in .* are {message}"):
         call(a, b)
@@ -281,10 +281,33 @@ def test_three_models_are_three_pairs_that_share_one_correction(model, call):
 
 
 def test_a_uid_with_one_item_has_no_interval_but_a_p(model, call):
-    a = [line for n in range(20) for line in answers([0], f"u{n}")]
-    b = [line for n in range(20) for line in answers([1], f"u{n}")]
+    a, b = answers([0] * 20) + answers([0], "alone"), answers([1] * 20) + answers([1], "alone")
     (row,) = call(model("A", {"ewok/x": a}), model("B", {"ewok/x": b}))[0]["comparisons"]
     assert row["low"] is None and row["p"] < 0.001 and row["verdict"] == "B is better"
+
+
+def test_uids_of_one_item_each_are_one_stratum(model, call):
+    """GlobalPIQA: every question is a UID of its own."""
+    a = [line for n in range(40) for line in answers([n % 2], f"u{n}")]
+    b = [line for n in range(40) for line in answers([n % 4 != 0], f"u{n}")]
+    row, = call(model("A", {"x/x": a}), model("B", {"x/x": b}))[0]["comparisons"]
+    whole, = call(model("C", {"x/x": answers([n % 2 for n in range(40)])}),
+                  model("D", {"x/x": answers([n % 4 != 0 for n in range(40)])}))[0]["comparisons"]
+    for key in ("score_a", "score_b", "low", "high", "p"):
+        assert row[key] == pytest.approx(whole[key]), key
+
+
+def test_how_a_task_is_scored_is_read_from_its_results(model, call):
+    """A task of one's own: neither its name nor its ids say that it is averaged over splits, or a rank correlation."""
+    lines = [line for n in range(4) for line in answers([1, 1], f"one_{n}_ops")] + answers([0, 0], "two_1_ops")
+    ratios = np.linspace(0.1, 0.9, 30)
+    a, b = (model(name, {"mine/x": lines, "other/y": wug(ratios, ratios)}) for name in "AB")
+    for folder in (a, b):
+        identity = {"x": {"score": "accuracy", "average": "splits"}, "y": {"score": "spearman", "average": "uids"}}
+        (folder / "main/zero_shot/causal/summary.json").write_text(json.dumps(
+            {"tasks": {name: {"identity": {"data": [], "task": task}} for name, task in identity.items()}}))
+    rows = {row["task"]: row for row in call(a, b)[0]["comparisons"]}
+    assert rows["mine/x"]["score_a"] == pytest.approx(50) and rows["other/y"]["score_a"] == pytest.approx(100)
 
 
 def test_the_same_seed_gives_the_same_numbers(model, call):

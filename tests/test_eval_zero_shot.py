@@ -186,7 +186,7 @@ def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(mod
     assert set(summary["tasks"]["blimp_fast"]["by"]["FIELD"]) == {"morphology", "syntax/semantics"}
     assert set(summary["tasks"]["entity_tracking_fast"]["by"]["UID"]) == {"regular_0_ops", "regular_1_ops", "regular"}
     assert read(tmp_path / "results/tiny/untrained/zero_shot/causal")["tasks"].keys() == summary["tasks"].keys()
-    assert "| set | items | tiny | tiny untrained | chance |" in out and "| entity_tracking_fast | 8 |" in out
+    assert "| set | items | tiny | tiny untrained | chance |" in out and "| entity_tracking_fast (not the official set) | 8 |" in out
     assert "2025 strict-small GPT-2 (official): blimp 67.29" in out
     assert "2026 strict" not in out and "not the official blimp_fast: 12 items instead of 13,400" in out
     assert "not comparable" in out and summary["tasks"]["comps"]["unlike_official"].startswith("not the official comps: 6 items")
@@ -368,18 +368,35 @@ def test_bf16_says_what_it_changes(model, score, tmp_path):
     ('[1, 2]\n', "u.jsonl, line 1: not a JSON object"),
     ('{"sentence_good": "A.", "UID": "u"}\n', "u.jsonl, line 1: a row of BLiMP needs the field 'sentence_bad'; it has sentence_good, UID"),
     ("", "holds no items of BLiMP"),
+    ('{"sentence_good": "", "sentence_bad": "B.", "UID": "u"}\n', "u.jsonl, line 1: no row of BLiMP: a candidate is empty, or no text"),
+    ('{"sentence_good": "A.", "sentence_bad": null, "UID": "u"}\n', "line 1: no row of BLiMP: the field 'sentence_bad' is None, no text"),
+    (b'{"sentence_good": "\xff", "sentence_bad": "B.", "UID": "u"}\n', r"u.jsonl, line 1: not JSON"),
 ])
 def test_bad_files_are_named_with_their_line_and_other_tasks_are_kept(model, score, tmp_path, text, message, data):
     mixed = tmp_path / "mixed"
     shutil.copytree(data / "fast_eval", mixed)
     (mixed / "blimp_fast/islands.jsonl").unlink()
     (mixed / "blimp_fast/agreement_1.jsonl").unlink()
-    (mixed / "blimp_fast/u.jsonl").write_text(text)
+    (mixed / "blimp_fast/u.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     code, out, err = score(model, "--no-untrained", "--tasks", "blimp", "supplement", data=mixed)
     assert code == 1 and re.search(message, err), err
     assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"supplement_fast"}
     code, out, err = score("--check_data", "--tasks", "blimp", "supplement", data=mixed)
     assert code == 1 and re.search(message, out) and "supplement_fast, 5 items" in out
+
+
+@pytest.mark.parametrize("task, row, message", [
+    ("wug_past", {"sentences": "a\tb", "ratio": "x"}, "line 1: no row of WUG past tense: could not convert string to float: 'x'"),
+    ("wug_past", {"sentences": "a", "ratio": 1}, "needs at least two candidates to choose from, not 1"),
+    ("global_piqa_nonparallel", {"example_id": "e", "prompt": "p", "solution0": "a", "solution1": "b", "label": 2},
+     "label is 2, but there are 2 candidates, counted from 0"),
+    ("global_piqa_nonparallel", {"example_id": "e", "prompt": "p", "solution0": "a", "solution1": "b", "label": "B"}, "no row of Glo"),
+    ("entity_tracking", {"numops": 0, "input_prefix": "p", "options": [1, 2]}, "line 1: no row of entity tracking"),
+])
+def test_rows_that_say_something_else_are_named(tmp_path, task, row, message):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_items({**load_tasks("2026"), **TASKS}[task], tmp_path)
 
 
 def test_check_data_counts_what_is_there_and_says_where_to_get_the_rest(score, data):
@@ -446,6 +463,9 @@ def test_reading_times_of_another_file_are_refused(model, score, tmp_path):
     (tmp_path / "r/reading/reading_data.csv").write_text("item,word\na,b\n")
     code, _, err = score(model, "--tasks", "reading", "--no-untrained", data=tmp_path / "r")
     assert code == 1 and "lacks the columns RTfirstfix" in err
+    (tmp_path / "r/reading/reading_data.csv").unlink()
+    code, _, err = score(model, "--tasks", "reading", "--no-untrained", data=tmp_path / "r")
+    assert code == 1 and "cannot read" in err and "reading_data.csv" in err and "Traceback" not in err
 
 
 def test_tasks_are_data(tmp_path):
@@ -456,6 +476,14 @@ def test_tasks_are_data(tmp_path):
         load_tasks(tmp_path / "tasks.yaml")
     with pytest.raises(UserError, match="no suite 2024: give 2025 or 2026"):
         load_tasks("2024")
+    for text, message in (("changes: missing.yaml", "changes: 'missing.yaml' is no other file beside it"),
+                          ("changes: own.yaml", "is no other file"), ("changes: 5", "changes: 5 is no other file"),
+                          ("changes: tasks.yaml\nblmip: null", "blmip: expected the keys of a task, or null for a task of tasks.yaml"),
+                          ("- blimp", "not a mapping"), ("a: {", "own.yaml")):
+        (tmp_path / "own.yaml").write_text(text)
+        (tmp_path / "tasks.yaml").write_text((ROOT / "eval/tasks.yaml").read_text())
+        with pytest.raises(UserError, match=message):
+            load_tasks(tmp_path / "own.yaml")
     (tmp_path / "tasks.yaml").write_text("mine:\n  title: Mine\n  sets: [mine]\n  folder: mine\n  uid: '{file}'\n  chance: 50\n"
                                          "  candidates: [{text: '{good}'}, {text: '{bad}'}]\n  source: me\n")
     (tmp_path / "mine").mkdir()
@@ -552,13 +580,61 @@ def test_surprisals_of_masked_models_are_read_at_the_first_of_three_masks(shared
 def test_what_is_scored_is_not_scored_again_unless_the_model_or_the_data_changed(model, score, tmp_path, data):
     score(model, "--tasks", "blimp", "supplement", "--no-untrained")
     code, out, _ = score(model, "--tasks", "blimp", "supplement", "--no-untrained")
-    assert code == 0 and "tiny main" not in out and "| blimp_fast | 12 |" in out
-    spoil(model, lambda weights: weights["transformer.ln_f.weight"].mul_(-1))
-    _, out, _ = score(model, "--tasks", "blimp", "--no-untrained")
-    assert "tiny main  blimp_fast" in out
+    assert code == 0 and "tiny main" not in out and "| blimp_fast (not the official set) | 12 |" in out
+    assert "12 items instead of 13,400" in out, "said again, though nothing was scored"
     _, out, _ = score(model, "--tasks", "blimp", "--no-untrained", "--fresh")
     assert "tiny main  blimp_fast" in out
-    assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"blimp_fast", "supplement_fast"}, "others are kept"
+    folder = tmp_path / "results/tiny/main/zero_shot/causal"
+    assert set(read(folder)["tasks"]) == {"blimp_fast", "supplement_fast"}, "others are kept"
+    (folder / "blimp/blimp_fast/items.jsonl").unlink()
+    _, out, _ = score(model, "--tasks", "blimp", "supplement", "--no-untrained")
+    assert "tiny main  blimp_fast" in out and "tiny main  supplement_fast" not in out, "its files come back"
+    changed = Path(shutil.copytree(data, tmp_path / "changed"))
+    with (changed / "fast_eval/supplement_fast/turn_taking.jsonl").open("a") as stream:
+        stream.write('{"sentence_good": "The cat.", "sentence_bad": "Cat the."}\n')
+    _, out, _ = score(model, "--tasks", "supplement", "--no-untrained", data=changed)
+    assert re.search(r"supplement_fast: replaces \d+\.\d\d, scored of other files", out)
+
+
+@pytest.mark.parametrize("change", ["weights", "config.json", "tokenizer.json"])
+def test_results_of_another_checkpoint_are_moved_aside(model, score, tmp_path, change):
+    """Weights, config, tokenizer: a score follows from all of them, and one table must not mix two models."""
+    score(model, "--tasks", "blimp", "supplement", "--no-untrained")
+    if change == "weights":
+        spoil(model, lambda weights: weights["transformer.ln_f.weight"].mul_(-1))
+    elif change == "config.json":
+        config = json.loads((model / change).read_text())
+        (model / change).write_text(json.dumps({**config, "activation_function": "relu"}))
+    else:
+        tokenizer = json.loads((model / change).read_text())
+        (model / change).write_text(json.dumps({**tokenizer, "post_processor": None}))
+    _, out, _ = score(model, "--tasks", "blimp", "--no-untrained")
+    assert "tiny main  blimp_fast" in out and "held results of another checkpoint of this name: moved to" in out
+    assert set(read(tmp_path / "results/tiny/main/zero_shot/causal")["tasks"]) == {"blimp_fast"}
+    assert set(read(tmp_path / "results/tiny/main/zero_shot-old1/causal")["tasks"]) == {"blimp_fast", "supplement_fast"}
+
+
+def test_what_would_overwrite_or_spoil_is_refused(model, score, tmp_path, in_process):
+    twin = Path(shutil.copytree(model, tmp_path / "twin/tiny"))
+    code, _, err = score(model, twin, "--tasks", "blimp")
+    assert code == 1 and "several models are named tiny" in err
+    with pytest.raises(UserError, match="would lie inside the checkpoint"):
+        in_process("eval.zero_shot", model, "--data", tmp_path, "--output", model.parent)
+
+
+def test_a_damaged_checkpoint_costs_the_others_nothing(model, score, tmp_path):
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    code, out, err = score(model, broken, "--tasks", "supplement", "--no-untrained")
+    assert code == 1 and "cannot load the model" in err and "broken" in err and "Traceback" not in err
+    assert "| supplement_fast (not the official set) | 5 |" in out
+
+
+def test_items_that_are_alone_in_their_uid_have_a_standard_error_together():
+    rows = [{"pred": int(number % 4 == 0), "gold": 0, "correct": number % 4 != 0} for number in range(100)]
+    items = [Item(f"u{number}", "x", ("", ""), ("a", "b"), 0, None) for number in range(100)]
+    found = reports.accuracy(load_tasks("2026")["global_piqa_nonparallel"], items, rows)
+    assert found == pytest.approx((75, 100 * (0.75 * 0.25 / 100) ** 0.5))
 
 
 def test_the_untrained_row_follows_the_config(model, score, tmp_path, teachers):
@@ -616,7 +692,7 @@ def test_what_another_model_had_answered_is_not_taken_up(model, score, tmp_path)
     score(model, "--tasks", "supplement", "--no-untrained")
     folder = tmp_path / "results/tiny/main/zero_shot/causal/blimp/supplement_fast"
     right = (folder / "items.jsonl").read_text()
-    identity = {**read(folder.parents[1])["tasks"]["supplement_fast"]["identity"], "weights": "another"}
+    identity = {**read(folder.parents[1])["tasks"]["supplement_fast"]["identity"], "checkpoint": "another"}
     (folder / "progress.jsonl").write_text(json.dumps(identity) + "\n" + "".join(f"[{number}, {-number}]\n" for number in range(10)))
     _, out, _ = score(model, "--tasks", "supplement", "--no-untrained", "--fresh")
     assert "were scored before" not in out and (folder / "items.jsonl").read_text() == right

@@ -298,7 +298,8 @@ def test_the_experts_of_runs_with_one_folder_name_are_told_apart(make, out):
 
 
 def entry(score, task="blimp", **changes):
-    return {"task": task, "score": score, "se": 1.0, "n": 200, "ties": 0.0, "strict": score, **changes}
+    kind, chance = ("accuracy", 50) if task == "blimp" else ("spearman", 0)
+    return {"task": task, "kind": kind, "chance": chance, "score": score, "se": 1.0, "n": 200, "ties": 0.0, "strict": score, **changes}
 
 
 @pytest.fixture
