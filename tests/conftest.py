@@ -29,7 +29,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first: begun last, it would keep one of two processes busy while the other has nothing left to do."""
+    """The longest file first: begun last, it would keep one of two processes busy while the other has nothing left to do (with
+    --no-loadscope-reorder; pytest-xdist goes by the number of tests otherwise)."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
