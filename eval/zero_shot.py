@@ -370,6 +370,9 @@ def main() -> None:
         if (output / reports.results_name(folder)).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output {output}: the results would lie inside the checkpoint {folder}; choose another folder")
     sets = chosen_sets(chosen, open_data(args.data))
+    if not sets:
+        print(f"nothing to score: {args.data} holds none of the sets asked for", flush=True)
+        return
     options = {"bf16": args.bf16, "batch_tokens": args.batch_tokens, "fresh": args.fresh}
     columns: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
@@ -387,8 +390,6 @@ def main() -> None:
             problems += wrong
             if revision in ("main", "untrained", args.revision):
                 columns[name if revision == "main" else f"{name} {revision}"] = scored
-    if not sets:
-        print(f"nothing was scored: {args.data} holds no set of this suite", flush=True)
     if any(columns.values()):
         print("\n" + reports.table(columns))
         print(reports.phenomena(columns))
