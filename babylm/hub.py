@@ -5,8 +5,10 @@ ledger: what text the model, its tokenizer, its base and its teachers have seen,
 """
 
 import argparse
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +115,16 @@ def _helper(path: str) -> dict[str, Any]:
     root = _run_of(path)
     ledger = read_finished(root).get("ledger") if root else None
     if ledger and root != Path(path):
-        lines = (root / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["kind"] == "milestone" and row["name"] == Path(path).name]
+        rows = [row for row in _lines(root / "run" / "metrics.jsonl") if row.get("kind") == "milestone" and row["name"] == Path(path).name]
         ledger |= {"words_seen": rows[-1]["words"], "words_before_last_step": rows[-1]["words"]} if rows else {}
     return {"path": path, "ledger": ledger}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl; a line that a killed run left half written is passed over."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 @dataclass(frozen=True)

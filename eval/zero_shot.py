@@ -132,6 +132,7 @@ def score_set(task: Task, data: Path, folder: Path, scorer: Scorer, tokenizer: P
         asked = reading.requests(rows, tokenizer, backend)
         values = answer(scorer, [request for _, _, request in asked], kept, task.title)
         found = reports.write_reading(folder, rows, reading.surprisals(rows, asked, values))
+        uids = [task.name] * len(rows)
     else:
         items = read_items(task, data)
         asked = [requests_of(item, tokenizer, backend) for item in items]
@@ -139,11 +140,12 @@ def score_set(task: Task, data: Path, folder: Path, scorer: Scorer, tokenizer: P
         scores = candidate_scores(task, asked, answer(scorer, flat, kept, f"{task.title} ({data.name})"))
         rows = reports.answers(items, scores)
         found = reports.summary(task, items, rows)
-        if unlike := unlike_official(task, data.name, [item.uid for item in items]):
-            found["unlike_official"] = unlike
+        uids = [item.uid for item in items]
         if scorer.bf16:
             found["bf16"] = effect_of_bf16(task, items, asked, scores, scorer)
         reports.write_set(folder, task, items, rows, found)
+    if unlike := unlike_official(task, data.name, uids):
+        found["unlike_official"] = unlike
     kept.remove()
     return found
 

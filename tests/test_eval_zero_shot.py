@@ -189,6 +189,7 @@ def test_every_task_is_scored_and_filed_where_the_official_pipeline_files_it(mod
     assert "| set | items | tiny | tiny untrained | chance |" in out and "| entity_tracking_fast (not the official set) | 8 |" in out
     assert "2025 strict-small GPT-2 (official): blimp 67.29" in out
     assert "2026 strict" not in out and "not the official blimp_fast: 12 items instead of 13,400" in out
+    assert "not the official reading: 60 items instead of 1,726" in out
     assert "not comparable" in out and summary["tasks"]["comps"]["unlike_official"].startswith("not the official comps: 6 items")
     assert {path.name for path in model.iterdir()} == here, "nothing is written into the checkpoint's folder"
     (prediction, *_), = (entry["predictions"] for entry in read(folder / "comps/comps", "predictions.json").values())
