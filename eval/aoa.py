@@ -43,7 +43,7 @@ from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
 from custom_dataset import file_sha256
 from eval.reading import GAPS
-from eval.reports import results_name
+from eval.reports import results_home
 from eval.scorer import Request, Scorer
 from eval.tasks import Item
 from eval.zero_shot import BACKENDS, load_model, requests_of, revisions
@@ -340,8 +340,8 @@ def main() -> None:
     args = parser.parse_args()
     suite, chosen = SUITES[args.suite], choose_milestones(args.model, args.milestones)
     words, (months, children) = read_words(args.data / CONTEXTS, suite), read_children(args.data / CHILDREN)
-    stem = results_name(args.model)
-    folder = args.output / stem / "main" / "zero_shot" / args.backend / "AoA_word"
+    home = results_home(args.output, args.model)
+    stem, folder = home.name, home / "main" / "zero_shot" / args.backend / "AoA_word"
     data = file_sha256(args.data / CONTEXTS)
     print(f"{stem}: {len(words):,} words in {sum(len(word.contexts) for word in words):,} contexts, {len(chosen)} milestones", flush=True)
     values = {}

@@ -49,7 +49,7 @@ from eval.classifier import (
     train,
 )
 from eval.glue import Rows, Task, Tokens, read_tasks, split, tokenise
-from eval.reports import results_name
+from eval.reports import results_home, results_name
 
 CONFIG = Path(__file__).with_name("finetune.yaml")
 REPLACED = ("epochs", "batch_size", "lr")  # keys of the training section that a task may have of its own
@@ -307,6 +307,8 @@ def main() -> None:
     if twice := [name for name, n in Counter(map(results_name, paths)).items() if n > 1]:
         raise UserError(f"several models are named {twice[0]}: their results would lie in the same folder; use one --output each")
     rows = read_tasks(args.data, {name: tasks[name] for name in named or tasks})
+    for path in paths:
+        results_home(args.output, path)
     subjects = [open_subject(path, args.revision, config.training) for path in paths]
     jobs = [Job(subject, name, tasks[name], training_of(tasks[name], config.training), config.lora, config.seeds, *parts,
                 args.output / subject.name / subject.revision / "finetune" / name) for subject in subjects for name, parts in rows.items()]

@@ -115,6 +115,14 @@ def results_name(model: str | Path) -> str:
     return name
 
 
+def results_home(output: Path, model: str | Path) -> Path:
+    """<output>/<name>, where a model's results go. UserError where that lies inside the checkpoint."""
+    home = output / results_name(model)
+    if Path(model).is_dir() and home.resolve().is_relative_to(Path(model).resolve()):
+        raise UserError(f"--output {output}: the results would lie inside the checkpoint {model}; choose another folder")
+    return home
+
+
 def write_set(folder: Path, task: Task, items: Sequence[Item], rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> None:
     """predictions.json and best_temperature_report.txt as the official pipeline writes them, and items.jsonl."""
     predictions: dict[str, dict[str, list]] = {}

@@ -369,8 +369,7 @@ def main() -> None:
         if count > 1:
             raise UserError(f"several models are named {folder}: their results would lie in the same folder; use one --output each")
     for folder in args.models:
-        if (output / reports.results_name(folder)).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--output {output}: the results would lie inside the checkpoint {folder}; choose another folder")
+        reports.results_home(output, folder)
     sets = chosen_sets(chosen, open_data(args.data))
     if not sets:
         print(f"nothing to score: {args.data} holds none of the sets asked for", flush=True)

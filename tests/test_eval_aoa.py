@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM
 from babylm import models
 from babylm.config import ModelSection, UserError
 from eval import aoa
+from eval.reports import results_home
 
 WORDS = {"dog": ["the child sees the", "", "look at the "], "banana": ["she eats a"],
          "in": ["the dog is", "we live"], "mummy": ["where is"]}
@@ -534,6 +535,14 @@ def test_columns_are_the_months_in_their_order_and_gaps_stay_gaps(tmp_path, caps
     assert np.array_equal(children["dog"], [0.1, np.nan, 0.3, 0.9], equal_nan=True)
     assert np.array_equal(children["cat"], [np.nan, 0.5, np.nan, 1], equal_nan=True)
     assert "line 4: the word 'dog' is there a second time; the first counts" in capsys.readouterr().out
+
+
+def test_results_never_go_into_the_checkpoint(run, tmp_path):
+    for output in (run.parent, run / "results"):
+        with pytest.raises(UserError, match="would lie inside the checkpoint"):
+            results_home(output, run)
+    assert results_home(tmp_path / "results", run) == tmp_path / "results" / run.name
+    assert results_home(tmp_path, "org/name-1.4b") == tmp_path / "name-1.4b"  # of the hub
 
 
 def test_what_is_missing_is_named(run, data, call, tmp_path):

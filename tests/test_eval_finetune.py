@@ -623,9 +623,11 @@ def test_results_are_filed_under_the_name_of_the_folder(checkpoints, data, tmp_p
 def test_a_milestone_is_filed_under_its_revision(checkpoints, data, tmp_path, call):
     shutil.copytree(checkpoints("gpt2"), tmp_path / "run/chck_1M")
     shutil.copytree(checkpoints("gpt2"), tmp_path / "run", dirs_exist_ok=True)
-    call(tmp_path / "run", "--data", data, "--output", tmp_path, "--revision", "chck_1M", *QUICK)
-    assert (tmp_path / "run/chck_1M/finetune/rte/predictions.json").is_file()
-    assert not (tmp_path / "run/main").exists()
+    with pytest.raises(UserError, match="would lie inside the checkpoint"):
+        call(tmp_path / "run", "--data", data, "--output", tmp_path, "--revision", "chck_1M", *QUICK)
+    call(tmp_path / "run", "--data", data, "--output", tmp_path / "results", "--revision", "chck_1M", *QUICK)
+    assert (tmp_path / "results/run/chck_1M/finetune/rte/predictions.json").is_file()
+    assert not (tmp_path / "results/run/main").exists()
 
 
 def test_real_rte_is_read_whole_and_no_row_is_cut(shared, capsys):
