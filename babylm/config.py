@@ -24,7 +24,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_serializer,
@@ -586,6 +588,117 @@ def student_schema(values: dict) -> type[StudentConfig]:
     return MoEPStudentConfig if isinstance(model, dict) and model.get("architecture") == "moep" else StudentConfig
 
 
+# ---- Stage 6: rewards -----------------------------------------------------------------------------------------------
+
+
+class RewardSection(Section):
+    """What every entry of `rewards` has."""
+
+    weight: float = key(1.0, "factor in the sum of all rewards; 0 only logs it, negative turns it round")
+
+
+class MarginReward(RewardSection):
+    """The learned grammar reward: by how much a stronger teacher likes a completion better than the policy's start does."""
+
+    kind: Literal["margin"] = key(..., "which reward this is")
+    teacher: str = key(..., "run folder, plain checkpoint folder or hub name; has the policy's vocabulary", identity=False, min_length=1)
+    normalise: Literal["token", "sequence"] = key("token", "token = mean over the completion's tokens; sequence = their sum")
+    baseline: Literal["reference", "none"] = key("reference", "whose log-probability is subtracted: the frozen starting policy's, or none")
+    batch_size: int = key(32, "completions per forward pass", identity=False, ge=1)
+    device: str | None = key(None, "where the teacher runs, such as cuda:1 or cpu; default: with the policy", identity=False)
+
+
+class LikelihoodReward(RewardSection):
+    """Mean log-probability per token of the completion under a given model."""
+
+    kind: Literal["likelihood"] = key(..., "which reward this is")
+    model: str = key(..., "folder or hub name; with another vocabulary than the policy's it reads the text with its own tokenizer",
+                     min_length=1)
+    batch_size: int = key(32, "completions per forward pass", identity=False, ge=1)
+    device: str | None = key(None, "where the model runs, such as cuda:1 or cpu; default: with the policy", identity=False)
+
+
+class JudgeReward(RewardSection):
+    """An instruct model grades the completion by a rubric; the reward is the share of the highest possible sum, 0 ... 1."""
+
+    kind: Literal["judge"] = key(..., "which reward this is")
+    model: str = key("meta-llama/Llama-3.1-8B-Instruct", "instruct model: folder or hub name; with `server`, its name there", min_length=1)
+    server: str | None = key(None, "base address of an OpenAI-compatible server, such as http://localhost:8000/v1; default: in process",
+                             identity=False)
+    api_key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the server's key; not set: none is sent",
+                                identity=False, min_length=1)
+    rubric: str | None = key(None, "file with the question to the judge; default: interactive/rubric.txt", identity=False)
+    criteria: list[str] = key(["readability", "narrative coherence", "creativity"], "what is graded; the rubric names all", min_length=1)
+    max_grade: int = key(3, "grades are 0 ... max_grade", ge=1, le=100)
+    retries: int = key(2, "times an answer that is not in the asked-for form is asked for again, sampled, before it is given up", ge=0)
+    temperature: float = key(0.7, "of these retries; the first answer is greedy", gt=0)
+    max_new_tokens: int = key(64, "longest answer", ge=8)
+    max_characters: int = key(4000, "of prompt and of completion that the judge sees; what follows is cut off", ge=1)
+    batch_size: int = key(16, "in this process: completions per batch", identity=False, ge=1)
+    device: str | None = key(None, "in this process: where it runs, such as cuda:1 or cpu; default: with the policy", identity=False)
+    workers: int = key(8, "server: requests at a time", identity=False, ge=1)
+    timeout: float = key(60.0, "server: seconds until a request has failed", identity=False, gt=0)
+    attempts: int = key(6, "server: times a request is sent in all when it fails (refused, timed out, 429, 5xx)", identity=False, ge=1)
+    backoff: float = key(1.0, "server: seconds before the second of them; doubles every time, up to a minute", identity=False, ge=0)
+
+    @field_validator("criteria")
+    @classmethod
+    def words_each_once(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", name):
+                raise ValueError(f"{name!r} is not made of words: letters, with single spaces or hyphens between them")
+        if len({name.lower() for name in value}) < len(value):
+            raise ValueError("each criterion once")
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def an_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+[^\s?#@]*", value):
+            raise ValueError(f"{value!r} is no base address such as http://localhost:8000/v1 (no user name, no query)")
+        return value.rstrip("/") if value else value
+
+
+class LengthReward(RewardSection):
+    """1 for a completion of min_words ... max_words, falling in a straight line to 0 outside: no bonus grows without end."""
+
+    kind: Literal["length"] = key(..., "which reward this is")
+    min_words: int = key(..., "fewest words (split at whitespace) for the full reward", ge=0)
+    max_words: int = key(..., "most words for the full reward", ge=1)
+    slack: int = key(10, "words outside the window at which the reward is 0", ge=1)
+
+    @model_validator(mode="after")
+    def a_window(self) -> "LengthReward":
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} exceeds max_words {self.max_words}")
+        return self
+
+
+class RepetitionReward(RewardSection):
+    """Minus the share of n-grams of words that occurred before within the completion: -1 ... 0."""
+
+    kind: Literal["repetition"] = key(..., "which reward this is")
+    n: int = key(3, "words per n-gram; punctuation counts as words", ge=1)
+
+
+class RandomReward(RewardSection):
+    """Uniform in 0 ... 1 and worth nothing: what training does without a signal."""
+
+    kind: Literal["random"] = key(..., "which reward this is")
+
+
+def _kind(entry: Any) -> Any:
+    return entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)
+
+
+# A function picks the section: pydantic's own choice by a field does not go with Section's validators, which run before its checks.
+RewardEntry = Annotated[
+    Annotated[MarginReward, Tag("margin")] | Annotated[LikelihoodReward, Tag("likelihood")] | Annotated[JudgeReward, Tag("judge")]
+    | Annotated[LengthReward, Tag("length")] | Annotated[RepetitionReward, Tag("repetition")] | Annotated[RandomReward, Tag("random")],
+    Discriminator(_kind),
+]
+
+
 # ---- From files and flags to a config -------------------------------------------------------------------------------
 
 
@@ -621,19 +734,25 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def apply_override(values: dict, override: str) -> None:
-    """Set one `a.b=value` (value in YAML syntax) in a nested mapping, in place."""
+    """Set one `a.b=value` (value in YAML syntax) in a nested mapping, in place; `a.0.b` reaches into the first entry of a list."""
     path, sign, text = override.partition("=")
     if not sign or not path:
         raise UserError(f"override {override!r}: write it as key=value, for example training.lr=1e-4")
     *sections, leaf = path.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        values = values[_entry(values, section, override)] if isinstance(values, list) else values.setdefault(section, {})
+        if not isinstance(values, dict | list):
             raise UserError(f"override {override!r}: {section} is not a section")
     try:
-        values[leaf] = yaml.safe_load(text)
+        values[_entry(values, leaf, override) if isinstance(values, list) else leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _entry(values: list, part: str, override: str) -> int:
+    if not re.fullmatch(r"[0-9]+", part) or int(part) >= len(values):
+        raise UserError(f"override {override!r}: {part!r} is no entry of the list, which has {len(values)}, numbered from 0")
+    return int(part)
 
 
 def check(schema: type[Section], values: dict, source: str) -> Any:
@@ -647,39 +766,75 @@ def check(schema: type[Section], values: dict, source: str) -> Any:
 
 
 def _explain(schema: type[Section], problem: dict) -> str:
-    where = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    where, sections = _place(schema, [part for part in problem["loc"] if not str(part).startswith("function-")])
     path = ".".join(map(str, where))
     if problem["type"] == "extra_forbidden":
-        section, unknown = _section_at(schema, where[:-1]), str(where[-1])
+        (section, *_), unknown = sections, str(where[-1])
         near = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.5)
+        siblings = [kind for kind in _alternatives(schema, section) if unknown in kind.model_fields]
         elsewhere = [name for name in _key_paths(schema) if name.split(".")[-1] == unknown]
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(section.model_fields)}"
-        return f"{path}: unknown key; " + (f"did you mean {elsewhere[0]}?" if elsewhere else hint)
-    message = problem["msg"].removeprefix("Value error, ")
+        if siblings:
+            hint = f"{_tag(section)} has none of this name, but {' and '.join(map(_tag, siblings))} ha{'s' if len(siblings) == 1 else 've'}"
+        elif elsewhere:
+            hint = f"did you mean {elsewhere[0]}?"
+        return f"{path}: unknown key; {hint}"
     given = problem["input"]
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        if not isinstance(given, dict):
+            return f"{path}: expected a section with the key kind (given: {given!r})"
+        kinds = [_tag(kind) for kind in sections]
+        near = difflib.get_close_matches(str(given.get("kind")), kinds, n=1, cutoff=0.5)
+        return (f"{path}.kind: " + (f"{given['kind']!r} is unknown; " if "kind" in given else "Field required; ")
+                + (f"did you mean {near[0]}?" if near else f"one of {', '.join(kinds)}"))
+    message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, dict) or problem["type"] in ("missing", "value_error") else f" (given: {given!r})"
     return f"{path or 'config'}: {message}{shown}"
 
 
-def _section_at(schema: type[Section], path: list) -> type[Section]:
-    for part in path:
-        if not isinstance(part, int):  # an index into a list of sections
-            schema = _section_of(schema.model_fields[part].annotation)
-    return schema
+def _place(schema: type[Section], location: list) -> tuple[list, list[type[Section]]]:
+    """(location as the user writes it, the section in which it ends; several where only an unknown `kind` would tell which)."""
+    where, sections = [], [schema]
+    for part in location:
+        if len(sections) > 1 and isinstance(part, str):  # pydantic names the kind that was chosen, which stands in no path
+            sections = [section for section in sections if _tag(section) == part]
+            continue
+        where.append(part)
+        if len(sections) == 1 and part in sections[0].model_fields:
+            sections = _sections_of(sections[0].model_fields[part].annotation)
+    return where, sections
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The Section that a key holds, also where it is optional or a list of them; None for plain values."""
-    parts = [part for kind in (annotation, *get_args(annotation)) for part in (kind, *get_args(kind))]  # Weight | None: Annotated within
-    return next((kind for kind in parts if isinstance(kind, type) and issubclass(kind, Section)), None)
+def _tag(section: type[Section]) -> str:
+    """What `kind` says of a section that is one of several."""
+    return get_args(section.model_fields["kind"].annotation)[0]
+
+
+def _alternatives(schema: type[Section], section: type[Section]) -> list[type[Section]]:
+    """The other sections that could have stood in the place of `section`; none where its key holds only that one."""
+    for field in schema.model_fields.values():
+        inner = _sections_of(field.annotation)
+        if section in inner:
+            return [kind for kind in inner if kind is not section]
+        for other in inner:
+            if found := _alternatives(other, section):
+                return found
+    return []
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The Sections that a key holds, also where it is optional, a list of them, or one of several kinds; none for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_of(part)]
 
 
 def _key_paths(schema: type[Section], prefix: str = "") -> list[str]:
     paths = []
     for name, field in schema.model_fields.items():
-        section = _section_of(field.annotation)
-        paths += _key_paths(section, f"{prefix}{name}.") if section and section is not Schedule else [prefix + name]
-    return paths
+        sections = [section for section in _sections_of(field.annotation) if section is not Schedule]
+        paths += [path for section in sections for path in _key_paths(section, f"{prefix}{name}.")] or [prefix + name]
+    return list(dict.fromkeys(paths))
 
 
 def identity(config: Section) -> dict[str, Any]:
