@@ -243,10 +243,9 @@ class MoEPModelSection(Section):
         return self
 
 
-class TrainingSection(Section):
-    steps: int | None = key(None, "optimizer steps; give exactly one of steps, epochs, words", ge=1)
-    epochs: float | None = key(None, "passes over the training text", gt=0)
-    words: WordCount | None = key(None, "words seen, repeats counted (the step that reaches the budget is the last)")
+class OptimisationSection(Section):
+    """What every stage that trains has in common; the budget and the defaults of its kind of training come on top."""
+
     batch_size: int = key(32, "sequences per optimizer step, over all processes and accumulation", ge=1)
     per_device_batch_size: int | None = key(None, "sequences that fit at once; default: all of a process's share",
                                             identity=False, ge=1)
@@ -258,7 +257,6 @@ class TrainingSection(Section):
     beta2: float = key(0.999, "AdamW", ge=0, lt=1)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 = no clipping", ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "autocast type of forward and backward; weights stay fp32")
-    compile: bool = key(False, "torch.compile of the student (and teacher)", identity=False)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time", identity=False)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one", identity=False)
     threads: int | None = key(None, "CPU threads per process; default: torch's own choice", identity=False, ge=1)
@@ -269,7 +267,7 @@ class TrainingSection(Section):
     eval_data: str | None = key(None, "folder of their sets, such as one that holds blimp_fast/", identity=False)
 
     @model_validator(mode="after")
-    def tasks_need_data(self) -> "TrainingSection":
+    def tasks_need_data(self) -> "OptimisationSection":
         if self.eval_tasks and not self.eval_data:
             raise ValueError("eval_tasks needs eval_data, the folder that holds the sets")
         if self.eval_data and not self.eval_tasks:
@@ -279,14 +277,26 @@ class TrainingSection(Section):
         return self
 
     @model_validator(mode="after")
-    def one_budget(self) -> "TrainingSection":
-        given = [name for name in ("steps", "epochs", "words") if getattr(self, name) is not None]
+    def one_budget(self) -> "OptimisationSection":
+        given = [name for name in self.budgets() if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, epochs, words (given: {', '.join(given) or 'none'})")
+            raise ValueError(f"give exactly one of {', '.join(self.budgets())} (given: {', '.join(given) or 'none'})")
         per_device = self.per_device_batch_size
         if per_device and self.batch_size % per_device:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of per_device_batch_size {per_device}")
         return self
+
+    @classmethod
+    def budgets(cls) -> list[str]:
+        """The keys that say when training ends."""
+        return [name for name in ("steps", "epochs", "words") if name in cls.model_fields]
+
+
+class TrainingSection(OptimisationSection):
+    steps: int | None = key(None, "optimizer steps; give exactly one of steps, epochs, words", ge=1)
+    epochs: float | None = key(None, "passes over the training text", gt=0)
+    words: WordCount | None = key(None, "words seen, repeats counted (the step that reaches the budget is the last)")
+    compile: bool = key(False, "torch.compile of the student (and teacher)", identity=False)
 
 
 class CheckpointsSection(Section):
@@ -319,11 +329,16 @@ class RunConfig(Section):
     checkpoints: CheckpointsSection = key(CheckpointsSection(), "what is kept")
     logging: LoggingSection = key(LoggingSection(), "what is reported", identity=False)
 
+    @field_validator("name")
+    @classmethod
+    def usable_name(cls, value: str) -> str:
+        if "." in value or "/" in value:
+            raise ValueError(f"name {value!r} must hold neither dots (the official evaluation files results under the"
+                             " part before a dot) nor slashes (use `output` for the folder)")
+        return value
+
     @model_validator(mode="after")
     def fits_together(self) -> "RunConfig":
-        if "." in self.name or "/" in self.name:
-            raise ValueError(f"name {self.name!r} must hold neither dots (the official evaluation files results under the"
-                             " part before a dot) nor slashes (use `output` for the folder)")
         if self.model.init == "random" and self.data.seq_len > self.model.max_positions:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_positions {self.model.max_positions}")
         if self.checkpoints.final == "best" and self.training.steps and self.logging.eval_steps > self.training.steps:
@@ -697,6 +712,129 @@ RewardEntry = Annotated[
     | Annotated[LengthReward, Tag("length")] | Annotated[RepetitionReward, Tag("repetition")] | Annotated[RandomReward, Tag("random")],
     Discriminator(_kind),
 ]
+
+
+# ---- Stage 6: learning from rewards ---------------------------------------------------------------------------------
+
+
+class RLDataSection(Section):
+    corpus: str = key("corpus_split", "folder written by stage 1: validation text, and prompts where they come from it", identity=False)
+    eval_path: str | None = key(None, "another corpus folder of stage 1 whose validation part is used instead", identity=False)
+    seq_len: int = key(128, "tokens per validation block", ge=8)
+    eval_blocks: int = key(1024, "validation blocks, drawn once with a fixed seed that all runs share", ge=1)
+
+
+class RLModelSection(Section):
+    path: str = key(..., "the student to start from, which is also the frozen reference: run folder, milestone, or hub name",
+                    identity=False, min_length=1)
+
+
+class GenerationSection(Section):
+    max_new_tokens: int = key(90, "longest completion, in tokens; shorter ones end with an end token", ge=1)
+    temperature: float = key(1.0, "divides the logits, in sampling and in every log-probability of the objective", gt=0)
+
+
+class RLTrainingSection(OptimisationSection):
+    """Sequences are completions here."""
+
+    steps: int | None = key(None, "optimizer batches; give exactly one of steps, words", ge=1)
+    words: WordCount | None = key(None, "words generated to learn from (the step that reaches the budget is the last)")
+    lr: float = key(1e-6, "peak learning rate", gt=0, le=10)
+    schedule: Literal["cosine", "linear", "constant"] = key("constant", "shape after the warm-up, over the budget; cosine and linear end at 0")
+    warmup_steps: int = key(0, "steps of linear warm-up", ge=0)
+    weight_decay: float = key(0.0, "AdamW, on matrices only (not on biases and norms)", ge=0)
+    precision: Literal["fp32", "bf16"] = key("fp32", "autocast type of sampling, forward and backward; weights stay fp32")
+
+
+class KLSection(Section):
+    """What keeps the policy near the model it started from."""
+
+    where: Literal["reward", "loss"] = key("reward", "reward: taken off every token's reward; loss: a term of the loss")
+    coefficient: float = key(0.05, "nats of KL against units of reward; 0 lets go of the reference", ge=0)
+    control: Literal["fixed", "adaptive"] = key("fixed", "adaptive steers the coefficient until KL is at `target`")
+    target: float = key(0.05, "with control: adaptive - KL(policy || reference) in nats per token", gt=0)
+    horizon: int = key(10_000, "with control: adaptive - completions in which the coefficient changes by a fifth at most", ge=1)
+
+
+class PPOSection(Section):
+    value: Literal["head", "model"] = key("head", "head: a linear layer on the policy's last states; model: a network of its own")
+    value_lr: float | None = key(None, "learning rate of the value head (and value model); default: training.lr", gt=0, le=10)
+    value_coefficient: float = key(0.5, "weight of the value loss", ge=0)
+    value_clip: float | None = key(0.2, "largest change of a value that is rewarded; null: not clipped", gt=0)
+    clip: float = key(0.2, "the ratio of new to old probability counts within 1 +- this", gt=0, lt=1)
+    gamma: float = key(1.0, "discount per token", ge=0, le=1)
+    gae_lambda: float = key(0.95, "GAE: 0 trusts the values, 1 the returns", ge=0, le=1)
+    epochs: int = key(4, "passes over every batch of completions", ge=1)
+    minibatches: int = key(1, "optimizer steps per pass", ge=1)
+    whiten: bool = key(True, "standardise advantages over the tokens of the batch")
+    entropy_coefficient: float = key(0.0, "weight of the entropy bonus, in nats per token", ge=0)
+    kl: KLSection = key(KLSection(), "distance from the reference")
+
+
+class GRPOSection(Section):
+    group: int = key(4, "completions per prompt, which are compared with each other", ge=2)
+    beta: float = key(0.04, "weight of KL to the reference, in the loss", ge=0)
+    clip: float = key(0.2, "the ratio of new to old probability counts within 1 +- this", gt=0, lt=1)
+    epochs: int = key(1, "optimizer steps on every batch of completions", ge=1)
+
+
+class RLOOSection(Section):
+    group: int = key(4, "completions per prompt; each one's baseline is the mean of the others", ge=2)
+    beta: float = key(0.05, "weight of KL to the reference, in the reward", ge=0)
+    clip: float = key(0.2, "the ratio of new to old probability counts within 1 +- this", gt=0, lt=1)
+    epochs: int = key(1, "optimizer steps on every batch of completions", ge=1)
+
+
+class DPOSection(Section):
+    """Online: every round samples two completions per prompt from the present policy and learns from the better one."""
+
+    beta: float = key(0.1, "how far preferences may move the policy from the reference", gt=0)
+    prompts_per_round: int = key(128, "prompts sampled, two completions each, before each round of training", ge=1)
+    epochs: int = key(1, "passes over the pairs of a round", ge=1)
+    reference: Literal["start", "round"] = key("start", "start: the model the run started from; round: the policy as it was before the round")
+
+
+class RLLoggingSection(Section):
+    logging_steps: int = key(10, "steps between log lines", identity=False, ge=1)
+    eval_steps: int = key(100, "steps between validations; there is one before the first step and one at the end", ge=1)
+    eval_prompts: int = key(64, "completions that every validation samples (not learned from, with the same noise each time) and scores", ge=0)
+    samples: int = key(4, "completions that every log line writes to run/samples.jsonl", identity=False, ge=0)
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
+
+
+class RLConfig(RunConfig):
+    """Stage 6, `ppo.py`."""
+
+    algorithm: Literal["ppo", "grpo", "rloo", "dpo"] = key("ppo", "how it learns")
+    data: RLDataSection = key(RLDataSection(), "what is read")
+    model: RLModelSection = key(..., "what is trained")
+    prompts: PromptsSection = key(PromptsSection(), "what is completed")
+    generation: GenerationSection = key(GenerationSection(), "how it is completed")
+    rewards: list[RewardEntry] = key(..., "what a completion earns: the weighted sum of these", min_length=1)
+    training: RLTrainingSection = key(..., "how it is trained")
+    ppo: PPOSection = key(PPOSection(), "with algorithm: ppo")
+    grpo: GRPOSection = key(GRPOSection(), "with algorithm: grpo")
+    rloo: RLOOSection = key(RLOOSection(), "with algorithm: rloo")
+    dpo: DPOSection = key(DPOSection(), "with algorithm: dpo")
+    logging: RLLoggingSection = key(RLLoggingSection(), "what is reported")
+
+    @model_validator(mode="after")
+    def fits_together(self) -> "RLConfig":
+        problems = []
+        size = self.training.batch_size
+        if self.algorithm == "ppo" and size % self.ppo.minibatches:
+            problems.append(f"training.batch_size {size} is not a multiple of ppo.minibatches {self.ppo.minibatches}")
+        if self.algorithm in ("grpo", "rloo") and size % (group := getattr(self, self.algorithm).group):
+            problems.append(f"training.batch_size {size} is not a multiple of {self.algorithm}.group {group}")
+        if given := [name for name in ("ppo", "grpo", "rloo", "dpo") if name != self.algorithm and name in self.model_fields_set]:
+            problems.append(f"section {given[0]} is given, but algorithm is {self.algorithm}: remove the one or change the other")
+        if self.checkpoints.final == "best":
+            problems.append("checkpoints.final: best goes by validation CE, which learning from rewards does not lower: use last")
+        if not any(entry.weight for entry in self.rewards):
+            problems.append("all rewards have weight 0: nothing would be learned")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 # ---- From files and flags to a config -------------------------------------------------------------------------------
