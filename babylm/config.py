@@ -714,6 +714,67 @@ RewardEntry = Annotated[
 ]
 
 
+# ---- Stage 6: prompts -----------------------------------------------------------------------------------------------
+
+
+class PromptsSection(Section):
+    """Where the beginnings come from that the policy continues (interactive/prompts.py)."""
+
+    source: Literal["corpus", "tinystories", "writingprompts", "imdb", "file", "fixed"] = key(
+        "corpus", "corpus = openings of the corpus' validation documents; the three data sets come from the hub; file = your own; "
+        "fixed = one prompt, always")
+    dataset: str | None = key(None, "hub name or local folder of parquet or JSON files, instead of the source's own data set",
+                              identity=False, min_length=1)
+    revision: str = key("main", "branch, tag or commit of a data set on the hub")
+    split: str = key("train", "part of the data set", min_length=1)
+    path: str | None = key(None, "with source: file - a .txt with a prompt per line, or a .jsonl", identity=False, min_length=1)
+    column: str | None = key(None, "field that holds the text; default: text (writingprompts and .jsonl files: prompt)", min_length=1)
+    text: str | None = key(None, "with source: fixed - the prompt")
+    cut: bool | None = key(None, "cut each text to its first tokens; default: corpus, tinystories and imdb yes, file no; "
+                                 "writingprompts and fixed are never cut")
+    min_tokens: int = key(1, "shortest prompt that is cut, in the policy's tokens", ge=1)
+    max_tokens: int = key(7, "longest prompt that is cut; a length is drawn uniformly from min_tokens to this for every text", ge=1)
+    max_words: int = key(49, "writingprompts: longer ones are left out (published: those under 50 words are kept)", ge=1)
+    count: int = key(1000, "prompts to keep", ge=1)
+
+    @model_validator(mode="after")
+    def keys_fit_the_source(self) -> "PromptsSection":
+        problems = list(self._contradictions())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        for name, owner in (("path", "file"), ("text", "fixed")):
+            given = getattr(self, name)
+            if self.source == owner and (given is None or not given.strip()):
+                yield f"source: {owner} needs {name}"
+            if self.source != owner and given is not None:
+                yield f"{name} belongs to source: {owner}, not to {self.source}"
+        if self.path is not None and not self.path.endswith((".txt", ".jsonl")):
+            yield f"path {self.path!r} must end in .txt (a prompt per line) or .jsonl (an object per line)"
+        if self.dataset is not None and not self.from_dataset:
+            yield f"dataset belongs to source: tinystories, writingprompts or imdb, not to {self.source}"
+        if self.column is not None and not (self.from_dataset or (self.path or "").endswith(".jsonl")):
+            yield "column belongs to a data set or a .jsonl file"
+        if self.cut and self.source in ("writingprompts", "fixed"):
+            yield f"cut: {self.source} is never cut"
+        if self.cut is False and self.source == "corpus":
+            yield "cut: false would make whole documents of the corpus prompts"
+        if self.min_tokens > self.max_tokens:
+            yield f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}"
+
+    @property
+    def from_dataset(self) -> bool:
+        """Whether the texts come through the library `datasets`."""
+        return self.source in ("tinystories", "writingprompts", "imdb")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether texts are cut to their first tokens."""
+        return self.source in ("corpus", "tinystories", "imdb") if self.cut is None else self.cut
+
+
 # ---- Stage 6: learning from rewards ---------------------------------------------------------------------------------
 
 
