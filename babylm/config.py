@@ -24,7 +24,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_serializer,
@@ -241,10 +243,9 @@ class MoEPModelSection(Section):
         return self
 
 
-class TrainingSection(Section):
-    steps: int | None = key(None, "optimizer steps; give exactly one of steps, epochs, words", ge=1)
-    epochs: float | None = key(None, "passes over the training text", gt=0)
-    words: WordCount | None = key(None, "words seen, repeats counted (the step that reaches the budget is the last)")
+class OptimisationSection(Section):
+    """What every stage that trains has in common; the budget and the defaults of its kind of training come on top."""
+
     batch_size: int = key(32, "sequences per optimizer step, over all processes and accumulation", ge=1)
     per_device_batch_size: int | None = key(None, "sequences that fit at once; default: all of a process's share",
                                             identity=False, ge=1)
@@ -256,7 +257,6 @@ class TrainingSection(Section):
     beta2: float = key(0.999, "AdamW", ge=0, lt=1)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 = no clipping", ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "autocast type of forward and backward; weights stay fp32")
-    compile: bool = key(False, "torch.compile of the student (and teacher)", identity=False)
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time", identity=False)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one", identity=False)
     threads: int | None = key(None, "CPU threads per process; default: torch's own choice", identity=False, ge=1)
@@ -267,7 +267,7 @@ class TrainingSection(Section):
     eval_data: str | None = key(None, "folder of their sets, such as one that holds blimp_fast/", identity=False)
 
     @model_validator(mode="after")
-    def tasks_need_data(self) -> "TrainingSection":
+    def tasks_need_data(self) -> "OptimisationSection":
         if self.eval_tasks and not self.eval_data:
             raise ValueError("eval_tasks needs eval_data, the folder that holds the sets")
         if self.eval_data and not self.eval_tasks:
@@ -277,14 +277,26 @@ class TrainingSection(Section):
         return self
 
     @model_validator(mode="after")
-    def one_budget(self) -> "TrainingSection":
-        given = [name for name in ("steps", "epochs", "words") if getattr(self, name) is not None]
+    def one_budget(self) -> "OptimisationSection":
+        given = [name for name in self.budgets() if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, epochs, words (given: {', '.join(given) or 'none'})")
+            raise ValueError(f"give exactly one of {', '.join(self.budgets())} (given: {', '.join(given) or 'none'})")
         per_device = self.per_device_batch_size
         if per_device and self.batch_size % per_device:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of per_device_batch_size {per_device}")
         return self
+
+    @classmethod
+    def budgets(cls) -> list[str]:
+        """The keys that say when training ends."""
+        return [name for name in ("steps", "epochs", "words") if name in cls.model_fields]
+
+
+class TrainingSection(OptimisationSection):
+    steps: int | None = key(None, "optimizer steps; give exactly one of steps, epochs, words", ge=1)
+    epochs: float | None = key(None, "passes over the training text", gt=0)
+    words: WordCount | None = key(None, "words seen, repeats counted (the step that reaches the budget is the last)")
+    compile: bool = key(False, "torch.compile of the student (and teacher)", identity=False)
 
 
 class CheckpointsSection(Section):
@@ -317,11 +329,16 @@ class RunConfig(Section):
     checkpoints: CheckpointsSection = key(CheckpointsSection(), "what is kept")
     logging: LoggingSection = key(LoggingSection(), "what is reported", identity=False)
 
+    @field_validator("name")
+    @classmethod
+    def usable_name(cls, value: str) -> str:
+        if "." in value or "/" in value:
+            raise ValueError(f"name {value!r} must hold neither dots (the official evaluation files results under the"
+                             " part before a dot) nor slashes (use `output` for the folder)")
+        return value
+
     @model_validator(mode="after")
     def fits_together(self) -> "RunConfig":
-        if "." in self.name or "/" in self.name:
-            raise ValueError(f"name {self.name!r} must hold neither dots (the official evaluation files results under the"
-                             " part before a dot) nor slashes (use `output` for the folder)")
         if self.model.init == "random" and self.data.seq_len > self.model.max_positions:
             raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.max_positions {self.model.max_positions}")
         if self.checkpoints.final == "best" and self.training.steps and self.logging.eval_steps > self.training.steps:
@@ -586,6 +603,117 @@ def student_schema(values: dict) -> type[StudentConfig]:
     return MoEPStudentConfig if isinstance(model, dict) and model.get("architecture") == "moep" else StudentConfig
 
 
+# ---- Stage 6: rewards -----------------------------------------------------------------------------------------------
+
+
+class RewardSection(Section):
+    """What every entry of `rewards` has."""
+
+    weight: float = key(1.0, "factor in the sum of all rewards; 0 only logs it, negative turns it round")
+
+
+class MarginReward(RewardSection):
+    """The learned grammar reward: by how much a stronger teacher likes a completion better than the policy's start does."""
+
+    kind: Literal["margin"] = key(..., "which reward this is")
+    teacher: str = key(..., "run folder, plain checkpoint folder or hub name; has the policy's vocabulary", identity=False, min_length=1)
+    normalise: Literal["token", "sequence"] = key("token", "token = mean over the completion's tokens; sequence = their sum")
+    baseline: Literal["reference", "none"] = key("reference", "whose log-probability is subtracted: the frozen starting policy's, or none")
+    batch_size: int = key(32, "completions per forward pass", identity=False, ge=1)
+    device: str | None = key(None, "where the teacher runs, such as cuda:1 or cpu; default: with the policy", identity=False)
+
+
+class LikelihoodReward(RewardSection):
+    """Mean log-probability per token of the completion under a given model."""
+
+    kind: Literal["likelihood"] = key(..., "which reward this is")
+    model: str = key(..., "folder or hub name; with another vocabulary than the policy's it reads the text with its own tokenizer",
+                     min_length=1)
+    batch_size: int = key(32, "completions per forward pass", identity=False, ge=1)
+    device: str | None = key(None, "where the model runs, such as cuda:1 or cpu; default: with the policy", identity=False)
+
+
+class JudgeReward(RewardSection):
+    """An instruct model grades the completion by a rubric; the reward is the share of the highest possible sum, 0 ... 1."""
+
+    kind: Literal["judge"] = key(..., "which reward this is")
+    model: str = key("meta-llama/Llama-3.1-8B-Instruct", "instruct model: folder or hub name; with `server`, its name there", min_length=1)
+    server: str | None = key(None, "base address of an OpenAI-compatible server, such as http://localhost:8000/v1; default: in process",
+                             identity=False)
+    api_key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the server's key; not set: none is sent",
+                                identity=False, min_length=1)
+    rubric: str | None = key(None, "file with the question to the judge; default: interactive/rubric.txt", identity=False)
+    criteria: list[str] = key(["readability", "narrative coherence", "creativity"], "what is graded; the rubric names all", min_length=1)
+    max_grade: int = key(3, "grades are 0 ... max_grade", ge=1, le=100)
+    retries: int = key(2, "times an answer that is not in the asked-for form is asked for again, sampled, before it is given up", ge=0)
+    temperature: float = key(0.7, "of these retries; the first answer is greedy", gt=0)
+    max_new_tokens: int = key(64, "longest answer", ge=8)
+    max_characters: int = key(4000, "of prompt and of completion that the judge sees; what follows is cut off", ge=1)
+    batch_size: int = key(16, "in this process: completions per batch", identity=False, ge=1)
+    device: str | None = key(None, "in this process: where it runs, such as cuda:1 or cpu; default: with the policy", identity=False)
+    workers: int = key(8, "server: requests at a time", identity=False, ge=1)
+    timeout: float = key(60.0, "server: seconds until a request has failed", identity=False, gt=0)
+    attempts: int = key(6, "server: times a request is sent in all when it fails (refused, timed out, 429, 5xx)", identity=False, ge=1)
+    backoff: float = key(1.0, "server: seconds before the second of them; doubles every time, up to a minute", identity=False, ge=0)
+
+    @field_validator("criteria")
+    @classmethod
+    def words_each_once(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", name):
+                raise ValueError(f"{name!r} is not made of words: letters, with single spaces or hyphens between them")
+        if len({name.lower() for name in value}) < len(value):
+            raise ValueError("each criterion once")
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def an_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+[^\s?#@]*", value):
+            raise ValueError(f"{value!r} is no base address such as http://localhost:8000/v1 (no user name, no query)")
+        return value.rstrip("/") if value else value
+
+
+class LengthReward(RewardSection):
+    """1 for a completion of min_words ... max_words, falling in a straight line to 0 outside: no bonus grows without end."""
+
+    kind: Literal["length"] = key(..., "which reward this is")
+    min_words: int = key(..., "fewest words (split at whitespace) for the full reward", ge=0)
+    max_words: int = key(..., "most words for the full reward", ge=1)
+    slack: int = key(10, "words outside the window at which the reward is 0", ge=1)
+
+    @model_validator(mode="after")
+    def a_window(self) -> "LengthReward":
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} exceeds max_words {self.max_words}")
+        return self
+
+
+class RepetitionReward(RewardSection):
+    """Minus the share of n-grams of words that occurred before within the completion: -1 ... 0."""
+
+    kind: Literal["repetition"] = key(..., "which reward this is")
+    n: int = key(3, "words per n-gram; punctuation counts as words", ge=1)
+
+
+class RandomReward(RewardSection):
+    """Uniform in 0 ... 1 and worth nothing: what training does without a signal."""
+
+    kind: Literal["random"] = key(..., "which reward this is")
+
+
+def _kind(entry: Any) -> Any:
+    return entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)
+
+
+# A function picks the section: pydantic's own choice by a field does not go with Section's validators, which run before its checks.
+RewardEntry = Annotated[
+    Annotated[MarginReward, Tag("margin")] | Annotated[LikelihoodReward, Tag("likelihood")] | Annotated[JudgeReward, Tag("judge")]
+    | Annotated[LengthReward, Tag("length")] | Annotated[RepetitionReward, Tag("repetition")] | Annotated[RandomReward, Tag("random")],
+    Discriminator(_kind),
+]
+
+
 # ---- Stage 6: prompts -----------------------------------------------------------------------------------------------
 
 
@@ -647,6 +775,129 @@ class PromptsSection(Section):
         return self.source in ("corpus", "tinystories", "imdb") if self.cut is None else self.cut
 
 
+# ---- Stage 6: learning from rewards ---------------------------------------------------------------------------------
+
+
+class RLDataSection(Section):
+    corpus: str = key("corpus_split", "folder written by stage 1: validation text, and prompts where they come from it", identity=False)
+    eval_path: str | None = key(None, "another corpus folder of stage 1 whose validation part is used instead", identity=False)
+    seq_len: int = key(128, "tokens per validation block", ge=8)
+    eval_blocks: int = key(1024, "validation blocks, drawn once with a fixed seed that all runs share", ge=1)
+
+
+class RLModelSection(Section):
+    path: str = key(..., "the student to start from, which is also the frozen reference: run folder, milestone, or hub name",
+                    identity=False, min_length=1)
+
+
+class GenerationSection(Section):
+    max_new_tokens: int = key(90, "longest completion, in tokens; shorter ones end with an end token", ge=1)
+    temperature: float = key(1.0, "divides the logits, in sampling and in every log-probability of the objective", gt=0)
+
+
+class RLTrainingSection(OptimisationSection):
+    """Sequences are completions here."""
+
+    steps: int | None = key(None, "optimizer batches; give exactly one of steps, words", ge=1)
+    words: WordCount | None = key(None, "words generated to learn from (the step that reaches the budget is the last)")
+    lr: float = key(1e-6, "peak learning rate", gt=0, le=10)
+    schedule: Literal["cosine", "linear", "constant"] = key("constant", "shape after the warm-up, over the budget; cosine and linear end at 0")
+    warmup_steps: int = key(0, "steps of linear warm-up", ge=0)
+    weight_decay: float = key(0.0, "AdamW, on matrices only (not on biases and norms)", ge=0)
+    precision: Literal["fp32", "bf16"] = key("fp32", "autocast type of sampling, forward and backward; weights stay fp32")
+
+
+class KLSection(Section):
+    """What keeps the policy near the model it started from."""
+
+    where: Literal["reward", "loss"] = key("reward", "reward: taken off every token's reward; loss: a term of the loss")
+    coefficient: float = key(0.05, "nats of KL against units of reward; 0 lets go of the reference", ge=0)
+    control: Literal["fixed", "adaptive"] = key("fixed", "adaptive steers the coefficient until KL is at `target`")
+    target: float = key(0.05, "with control: adaptive - KL(policy || reference) in nats per token", gt=0)
+    horizon: int = key(10_000, "with control: adaptive - completions in which the coefficient changes by a fifth at most", ge=1)
+
+
+class PPOSection(Section):
+    value: Literal["head", "model"] = key("head", "head: a linear layer on the policy's last states; model: a network of its own")
+    value_lr: float | None = key(None, "learning rate of the value head (and value model); default: training.lr", gt=0, le=10)
+    value_coefficient: float = key(0.5, "weight of the value loss", ge=0)
+    value_clip: float | None = key(0.2, "largest change of a value that is rewarded; null: not clipped", gt=0)
+    clip: float = key(0.2, "the ratio of new to old probability counts within 1 +- this", gt=0, lt=1)
+    gamma: float = key(1.0, "discount per token", ge=0, le=1)
+    gae_lambda: float = key(0.95, "GAE: 0 trusts the values, 1 the returns", ge=0, le=1)
+    epochs: int = key(4, "passes over every batch of completions", ge=1)
+    minibatches: int = key(1, "optimizer steps per pass", ge=1)
+    whiten: bool = key(True, "standardise advantages over the tokens of the batch")
+    entropy_coefficient: float = key(0.0, "weight of the entropy bonus, in nats per token", ge=0)
+    kl: KLSection = key(KLSection(), "distance from the reference")
+
+
+class GRPOSection(Section):
+    group: int = key(4, "completions per prompt, which are compared with each other", ge=2)
+    beta: float = key(0.04, "weight of KL to the reference, in the loss", ge=0)
+    clip: float = key(0.2, "the ratio of new to old probability counts within 1 +- this", gt=0, lt=1)
+    epochs: int = key(1, "optimizer steps on every batch of completions", ge=1)
+
+
+class RLOOSection(Section):
+    group: int = key(4, "completions per prompt; each one's baseline is the mean of the others", ge=2)
+    beta: float = key(0.05, "weight of KL to the reference, in the reward", ge=0)
+    clip: float = key(0.2, "the ratio of new to old probability counts within 1 +- this", gt=0, lt=1)
+    epochs: int = key(1, "optimizer steps on every batch of completions", ge=1)
+
+
+class DPOSection(Section):
+    """Online: every round samples two completions per prompt from the present policy and learns from the better one."""
+
+    beta: float = key(0.1, "how far preferences may move the policy from the reference", gt=0)
+    prompts_per_round: int = key(128, "prompts sampled, two completions each, before each round of training", ge=1)
+    epochs: int = key(1, "passes over the pairs of a round", ge=1)
+    reference: Literal["start", "round"] = key("start", "start: the model the run started from; round: the policy as it was before the round")
+
+
+class RLLoggingSection(Section):
+    logging_steps: int = key(10, "steps between log lines", identity=False, ge=1)
+    eval_steps: int = key(100, "steps between validations; there is one before the first step and one at the end", ge=1)
+    eval_prompts: int = key(64, "completions that every validation samples (not learned from, with the same noise each time) and scores", ge=0)
+    samples: int = key(4, "completions that every log line writes to run/samples.jsonl", identity=False, ge=0)
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
+
+
+class RLConfig(RunConfig):
+    """Stage 6, `ppo.py`."""
+
+    algorithm: Literal["ppo", "grpo", "rloo", "dpo"] = key("ppo", "how it learns")
+    data: RLDataSection = key(RLDataSection(), "what is read")
+    model: RLModelSection = key(..., "what is trained")
+    prompts: PromptsSection = key(PromptsSection(), "what is completed")
+    generation: GenerationSection = key(GenerationSection(), "how it is completed")
+    rewards: list[RewardEntry] = key(..., "what a completion earns: the weighted sum of these", min_length=1)
+    training: RLTrainingSection = key(..., "how it is trained")
+    ppo: PPOSection = key(PPOSection(), "with algorithm: ppo")
+    grpo: GRPOSection = key(GRPOSection(), "with algorithm: grpo")
+    rloo: RLOOSection = key(RLOOSection(), "with algorithm: rloo")
+    dpo: DPOSection = key(DPOSection(), "with algorithm: dpo")
+    logging: RLLoggingSection = key(RLLoggingSection(), "what is reported")
+
+    @model_validator(mode="after")
+    def fits_together(self) -> "RLConfig":
+        problems = []
+        size = self.training.batch_size
+        if self.algorithm == "ppo" and size % self.ppo.minibatches:
+            problems.append(f"training.batch_size {size} is not a multiple of ppo.minibatches {self.ppo.minibatches}")
+        if self.algorithm in ("grpo", "rloo") and size % (group := getattr(self, self.algorithm).group):
+            problems.append(f"training.batch_size {size} is not a multiple of {self.algorithm}.group {group}")
+        if given := [name for name in ("ppo", "grpo", "rloo", "dpo") if name != self.algorithm and name in self.model_fields_set]:
+            problems.append(f"section {given[0]} is given, but algorithm is {self.algorithm}: remove the one or change the other")
+        if self.checkpoints.final == "best":
+            problems.append("checkpoints.final: best goes by validation CE, which learning from rewards does not lower: use last")
+        if not any(entry.weight for entry in self.rewards):
+            problems.append("all rewards have weight 0: nothing would be learned")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
 # ---- From files and flags to a config -------------------------------------------------------------------------------
 
 
@@ -682,19 +933,25 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def apply_override(values: dict, override: str) -> None:
-    """Set one `a.b=value` (value in YAML syntax) in a nested mapping, in place."""
+    """Set one `a.b=value` (value in YAML syntax) in a nested mapping, in place; `a.0.b` reaches into the first entry of a list."""
     path, sign, text = override.partition("=")
     if not sign or not path:
         raise UserError(f"override {override!r}: write it as key=value, for example training.lr=1e-4")
     *sections, leaf = path.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        values = values[_entry(values, section, override)] if isinstance(values, list) else values.setdefault(section, {})
+        if not isinstance(values, dict | list):
             raise UserError(f"override {override!r}: {section} is not a section")
     try:
-        values[leaf] = yaml.safe_load(text)
+        values[_entry(values, leaf, override) if isinstance(values, list) else leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _entry(values: list, part: str, override: str) -> int:
+    if not re.fullmatch(r"[0-9]+", part) or int(part) >= len(values):
+        raise UserError(f"override {override!r}: {part!r} is no entry of the list, which has {len(values)}, numbered from 0")
+    return int(part)
 
 
 def check(schema: type[Section], values: dict, source: str) -> Any:
@@ -708,39 +965,75 @@ def check(schema: type[Section], values: dict, source: str) -> Any:
 
 
 def _explain(schema: type[Section], problem: dict) -> str:
-    where = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    where, sections = _place(schema, [part for part in problem["loc"] if not str(part).startswith("function-")])
     path = ".".join(map(str, where))
     if problem["type"] == "extra_forbidden":
-        section, unknown = _section_at(schema, where[:-1]), str(where[-1])
+        (section, *_), unknown = sections, str(where[-1])
         near = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.5)
+        siblings = [kind for kind in _alternatives(schema, section) if unknown in kind.model_fields]
         elsewhere = [name for name in _key_paths(schema) if name.split(".")[-1] == unknown]
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(section.model_fields)}"
-        return f"{path}: unknown key; " + (f"did you mean {elsewhere[0]}?" if elsewhere else hint)
-    message = problem["msg"].removeprefix("Value error, ")
+        if siblings:
+            hint = f"{_tag(section)} has none of this name, but {' and '.join(map(_tag, siblings))} ha{'s' if len(siblings) == 1 else 've'}"
+        elif elsewhere:
+            hint = f"did you mean {elsewhere[0]}?"
+        return f"{path}: unknown key; {hint}"
     given = problem["input"]
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        if not isinstance(given, dict):
+            return f"{path}: expected a section with the key kind (given: {given!r})"
+        kinds = [_tag(kind) for kind in sections]
+        near = difflib.get_close_matches(str(given.get("kind")), kinds, n=1, cutoff=0.5)
+        return (f"{path}.kind: " + (f"{given['kind']!r} is unknown; " if "kind" in given else "Field required; ")
+                + (f"did you mean {near[0]}?" if near else f"one of {', '.join(kinds)}"))
+    message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, dict) or problem["type"] in ("missing", "value_error") else f" (given: {given!r})"
     return f"{path or 'config'}: {message}{shown}"
 
 
-def _section_at(schema: type[Section], path: list) -> type[Section]:
-    for part in path:
-        if not isinstance(part, int):  # an index into a list of sections
-            schema = _section_of(schema.model_fields[part].annotation)
-    return schema
+def _place(schema: type[Section], location: list) -> tuple[list, list[type[Section]]]:
+    """(location as the user writes it, the section in which it ends; several where only an unknown `kind` would tell which)."""
+    where, sections = [], [schema]
+    for part in location:
+        if len(sections) > 1 and isinstance(part, str):  # pydantic names the kind that was chosen, which stands in no path
+            sections = [section for section in sections if _tag(section) == part]
+            continue
+        where.append(part)
+        if len(sections) == 1 and part in sections[0].model_fields:
+            sections = _sections_of(sections[0].model_fields[part].annotation)
+    return where, sections
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The Section that a key holds, also where it is optional or a list of them; None for plain values."""
-    parts = [part for kind in (annotation, *get_args(annotation)) for part in (kind, *get_args(kind))]  # Weight | None: Annotated within
-    return next((kind for kind in parts if isinstance(kind, type) and issubclass(kind, Section)), None)
+def _tag(section: type[Section]) -> str:
+    """What `kind` says of a section that is one of several."""
+    return get_args(section.model_fields["kind"].annotation)[0]
+
+
+def _alternatives(schema: type[Section], section: type[Section]) -> list[type[Section]]:
+    """The other sections that could have stood in the place of `section`; none where its key holds only that one."""
+    for field in schema.model_fields.values():
+        inner = _sections_of(field.annotation)
+        if section in inner:
+            return [kind for kind in inner if kind is not section]
+        for other in inner:
+            if found := _alternatives(other, section):
+                return found
+    return []
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The Sections that a key holds, also where it is optional, a list of them, or one of several kinds; none for plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_of(part)]
 
 
 def _key_paths(schema: type[Section], prefix: str = "") -> list[str]:
     paths = []
     for name, field in schema.model_fields.items():
-        section = _section_of(field.annotation)
-        paths += _key_paths(section, f"{prefix}{name}.") if section and section is not Schedule else [prefix + name]
-    return paths
+        sections = [section for section in _sections_of(field.annotation) if section is not Schedule]
+        paths += [path for section in sections for path in _key_paths(section, f"{prefix}{name}.")] or [prefix + name]
+    return list(dict.fromkeys(paths))
 
 
 def identity(config: Section) -> dict[str, Any]:

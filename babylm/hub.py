@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from babylm.config import DownloadSection, RunConfig, UserError
+from babylm.config import DownloadSection, RLConfig, RunConfig, UserError
 from babylm.run_folder import RunFolder, read_finished, run_stage
 from custom_dataset import TextPart
 
@@ -79,6 +79,18 @@ def word_ledger(config: RunConfig, tokenizer: str, fingerprint: str, teachers: l
             "teachers": [_helper(path) for path in teachers]}
 
 
+def rl_ledger(config: RLConfig, fingerprint: str, reward_models: list[str]) -> dict[str, Any]:
+    """The ledger of a run of stage 6, which learns from what it writes itself: no text of a corpus, but generated words.
+
+    Args:
+        fingerprint: of the student's tokenizer.
+        reward_models: whose probabilities are rewards. They count as teachers: what they have read reaches the student through them.
+    """
+    return {"corpus_words": 0, "corpus_sha256": None, "words_seen": 0, "words_before_last_step": 0, "generated_words": 0,
+            "tokenizer": tokenizer_text(config.model.path, fingerprint), "base": _helper(config.model.path),
+            "teachers": [_helper(path) for path in reward_models]}
+
+
 def tokenizer_text(path: str, fingerprint: str) -> dict[str, Any]:
     """{"source", "words", "sha256"} of the text that a tokenizer was trained on; words and sha256 are None where no record says.
 
@@ -115,14 +127,15 @@ def _helper(path: str) -> dict[str, Any]:
     root = _run_of(path)
     ledger = read_finished(root).get("ledger") if root else None
     if ledger and root != Path(path):
-        rows = [row for row in _lines(root / "run" / "metrics.jsonl") if row.get("kind") == "milestone" and row["name"] == Path(path).name]
-        ledger |= {"words_seen": rows[-1]["words"], "words_before_last_step": rows[-1]["words"]} if rows else {}
+        rows = [row for row in json_lines(root / "run" / "metrics.jsonl") if row.get("kind") == "milestone" and row["name"] == Path(path).name]
+        counted = ["generated_words"] if ledger.get("generated_words") else ["words_seen", "words_before_last_step"]  # stage 6 reads none
+        ledger |= {name: rows[-1]["words"] for name in counted} if rows else {}
     return {"path": path, "ledger": ledger}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl; a line that a killed run left half written is passed over."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file like metrics.jsonl; a line that a killed run left half written is passed over."""
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():  # a sentence may hold other line ends
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 
@@ -159,7 +172,8 @@ def accounts(ledger: dict[str, Any], what: str = "this model", role: str = "this
     # Only the run itself may end with the step that reaches a limit: what its base had seen, it had seen before.
     last = ledger["words_before_last_step"] if role == "this model" else ledger["words_seen"]
     seen, before = (ledger["words_seen"], last) if own else (0, 0)
-    rows = [Account(f"{what}: corpus", role, ledger["corpus_words"], ledger["corpus_sha256"], seen, before)]
+    # Learning from rewards reads no text.
+    rows = [Account(f"{what}: corpus", role, ledger["corpus_words"], ledger["corpus_sha256"], seen, before)] if ledger["corpus_words"] else []
     tokenizer, generated = ledger["tokenizer"], ledger["generated_words"]
     rows.append(Account(f"{what}: tokenizer {tokenizer['source']}", "tokenizer", tokenizer["words"], tokenizer["sha256"]))
     if generated:

@@ -67,7 +67,6 @@ def open_run(config: RunConfig, stage: str, teachers: Sequence[str] = ()) -> Run
 
     The run's identity holds the content of what is read: text, tokenizer and teacher weights, not where they lie.
     """
-    state = PartialState()
     for teacher in teachers:
         require_finished(teacher, f"{stage}: distillation.teacher")
     milestone_sets(config)  # mistakes in it are said before anything is written or computed
@@ -80,6 +79,12 @@ def open_run(config: RunConfig, stage: str, teachers: Sequence[str] = ()) -> Run
     for number, teacher in enumerate(teachers, 1):
         models.require_same_vocabulary(teacher, tokenizer, "teacher")
         data["teacher" if number == 1 else f"teacher{number}"] = models.weights_fingerprint(teacher)
+    return open_folder(config, stage, data)
+
+
+def open_folder(config: RunConfig, stage: str, data: dict[str, str]) -> RunFolder | None:
+    """Open a run's folder, whose identity holds the fingerprints in `data`; None if the run is finished already."""
+    state = PartialState()
     folder = RunFolder(config, stage, main=state.is_main_process)
     with state.main_process_first():  # the main process checks, records and cleans up before the others look
         folder.resume_from = folder.open(data)

@@ -11,7 +11,12 @@ from babylm import config as config_module
 from babylm.config import (
     BaselineConfig,
     CorpusConfig,
+    DataSection,
+    JudgeReward,
+    LengthReward,
+    MarginReward,
     MoEPStudentConfig,
+    RewardEntry,
     RunConfig,
     Schedule,
     Section,
@@ -21,6 +26,7 @@ from babylm.config import (
     check,
     content_hash,
     identity,
+    key,
     load,
     read_yaml,
     student_schema,
@@ -28,6 +34,15 @@ from babylm.config import (
 
 ROOT = Path(config_module.__file__).parents[1]
 SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig, MoEPStudentConfig)
+
+
+class Rewarded(Section):
+    """A section with `rewards`, entries of several kinds in one list, and one that stands beside it."""
+
+    rewards: list[RewardEntry] = key(..., "what is rewarded", min_length=1)
+    data: DataSection = key(DataSection(), "what is read")
+
+
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -49,22 +64,23 @@ def mistakes(schema, values):
     return [line.strip() for line in lines]
 
 
-def section_of(annotation):
-    """The section that a key holds, also where it may be left out or is a list of them; a Schedule is a value."""
-    found = [annotation, *get_args(annotation)]
-    return next((kind for kind in found if isinstance(kind, type) and issubclass(kind, Section) and kind is not Schedule), None)
+def sections_of(annotation):
+    """The sections that a key holds, also where it may be left out or is a list of them, of one kind or several; a Schedule is a value."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Section) and annotation is not Schedule else []
+    return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
 def is_section(field):
-    return section_of(field.annotation) is not None
+    return bool(sections_of(field.annotation))
 
 
 def fields(schema, prefix=""):
-    """(full path, field) of every key and section heading."""
+    """(full path, field) of every key and section heading; a key that several kinds of an entry have comes once for each."""
     for name, field in schema.model_fields.items():
         yield prefix + name, field
-        if is_section(field):
-            yield from fields(section_of(field.annotation), f"{prefix}{name}.")
+        for section in sections_of(field.annotation):
+            yield from fields(section, f"{prefix}{name}.")
 
 
 # ---- Mistakes in a config -------------------------------------------------------------------------------------------
@@ -417,6 +433,83 @@ def test_a_flag_keeps_the_rest_of_its_section(command):
     assert command(TeacherConfig, values, "--use_lora", flags=LORA_FLAGS).lora.rank == 3
 
 
+# ---- One list, entries of several kinds -------------------------------------------------------------------------------
+
+JUDGE, MARGIN, LENGTH = {"kind": "judge"}, {"kind": "margin", "teacher": "models/t"}, {"kind": "length", "min_words": 5, "max_words": 9}
+
+
+def test_an_entry_becomes_the_section_of_its_kind():
+    judge, margin, length = check(Rewarded, {"rewards": [JUDGE, MARGIN, {**LENGTH, "weight": "-5e-1"}]}, "some.yaml").rewards
+    assert (type(judge), type(margin), type(length)) == (JudgeReward, MarginReward, LengthReward)
+    assert (judge.weight, length.weight, margin.normalise) == (1.0, -0.5, "token")
+
+
+@pytest.mark.parametrize(("rewards", "messages"), [
+    ([JUDGE, {**MARGIN, "wieght": 1}], ["rewards.1.wieght: unknown key; did you mean weight?"]),
+    ([{"kind": "margin", "techer": "t"}], ["rewards.0.teacher: Field required", "rewards.0.techer: unknown key; did you mean teacher?"]),
+    ([{**MARGIN, "max_words": 3}], ["rewards.0.max_words: unknown key; margin has none of this name, but length has"]),
+    ([{**MARGIN, "model": "gpt2"}], ["rewards.0.model: unknown key; margin has none of this name, but likelihood and judge have"]),
+    ([{**MARGIN, "seq_len": 3}], ["rewards.0.seq_len: unknown key; did you mean data.seq_len?"]),
+    ([{"kind": "random", "zzz": 3}], ["rewards.0.zzz: unknown key; known keys: weight, kind"]),
+    ([{"kind": "margn", "teacher": "t"}], ["rewards.0.kind: 'margn' is unknown; did you mean margin?"]),
+    ([{"kind": "zzz"}], ["rewards.0.kind: 'zzz' is unknown; one of margin, likelihood, judge, length, repetition, random"]),
+    ([{"kind": True}], ["rewards.0.kind: True is unknown; one of margin, likelihood, judge, length, repetition, random"]),
+    ([JUDGE, {"weight": 2}], ["rewards.1.kind: Field required; one of margin, likelihood, judge, length, repetition, random"]),
+    ([None], ["rewards.0: expected a section with the key kind (given: None)"]),
+    (["judge"], ["rewards.0: expected a section with the key kind (given: 'judge')"]),
+    ([], ["rewards: List should have at least 1 item after validation, not 0 (given: [])"]),
+    ({"kind": "judge"}, ["rewards: Input should be a valid list"]),
+    ([{**MARGIN, "weight": True}], ["rewards.0.weight: got true, which is not a valid value here"]),
+    ([{**MARGIN, "weight": "inf"}], ["rewards.0.weight: Input should be a finite number (given: 'inf')"]),
+    ([{**LENGTH, "min_words": 10}], ["rewards.0: min_words 10 exceeds max_words 9"]),
+    ([{**JUDGE, "server": "localhost:8000"}], ["rewards.0.server: 'localhost:8000' is no base address such as http://localhost:8000/v1 "
+                                               "(no user name, no query)"]),
+    ([{**JUDGE, "criteria": ["wit", "Wit"]}], ["rewards.0.criteria: each criterion once"]),
+    ([{**JUDGE, "criteria": ["wit: 3 |"]}], ["rewards.0.criteria: 'wit: 3 |' is not made of words: letters, with single spaces or hyphens "
+                                             "between them"]),
+    ([{**JUDGE, "timeout": 0}, {**LENGTH, "slack": 0}], ["rewards.0.timeout: Input should be greater than 0 (given: 0)",
+                                                         "rewards.1.slack: Input should be greater than or equal to 1 (given: 0)"]),
+])
+def test_a_mistake_in_an_entry_is_named_with_its_path_as_written(rewards, messages):
+    assert mistakes(Rewarded, {"rewards": rewards}) == messages
+
+
+def test_a_key_that_only_entries_have_is_found_from_outside():
+    (line,) = mistakes(Rewarded, {"rewards": [JUDGE], "normalise": "token"})
+    assert line == "normalise: unknown key; did you mean rewards.normalise?"
+
+
+def test_an_override_reaches_into_an_entry(command):
+    got = command(Rewarded, {"rewards": [JUDGE, MARGIN]}, "rewards.1.weight=0.5", "rewards.0={kind: random}").rewards
+    assert [entry.kind for entry in got] == ["random", "margin"] and got[1].weight == 0.5
+
+
+@pytest.mark.parametrize("override", ["rewards.2.weight=1", "rewards.-1.weight=1", "rewards.first.weight=1", "rewards.2={kind: random}"])
+def test_an_override_of_an_entry_that_is_not_there_is_refused(command, override):
+    with pytest.raises(UserError, match="is no entry of the list, which has 2, numbered from 0"):
+        command(Rewarded, {"rewards": [JUDGE, MARGIN]}, override)
+
+
+REWARDS = {"rewards": [JUDGE, MARGIN, LENGTH, {"kind": "likelihood", "model": "gpt2"}, {"kind": "repetition"}]}
+
+
+@pytest.mark.parametrize("override", [
+    "rewards.0={kind: random}", "rewards.0.weight=2", "rewards.0.model=other", "rewards.0.criteria=[wit]", "rewards.0.max_grade=5",
+    "rewards.0.retries=1", "rewards.0.temperature=1", "rewards.0.max_new_tokens=99", "rewards.0.max_characters=99",
+    "rewards.1.normalise=sequence", "rewards.1.baseline=none", "rewards.2.slack=3", "rewards.2.min_words=1", "rewards.2.max_words=99",
+    "rewards.3.model=other", "rewards.4.n=2"])
+def test_what_is_rewarded_changes_the_identity(command, override):
+    assert identity(command(Rewarded, REWARDS)) != identity(command(Rewarded, REWARDS, override))
+
+
+@pytest.mark.parametrize("override", [
+    "rewards.0.server=http://other:8000/v1", "rewards.0.api_key_variable=KEY", "rewards.0.rubric=moved.txt", "rewards.0.batch_size=1",
+    "rewards.0.device=cpu", "rewards.0.workers=1", "rewards.0.timeout=9", "rewards.0.attempts=2", "rewards.0.backoff=0",
+    "rewards.1.teacher=moved", "rewards.1.batch_size=1", "rewards.1.device=cuda:1", "rewards.3.device=cpu"])
+def test_where_a_reward_runs_and_where_its_files_lie_do_not_change_the_identity(command, override):
+    assert identity(command(Rewarded, REWARDS)) == identity(command(Rewarded, REWARDS, override))
+
+
 # ---- Identity ---------------------------------------------------------------------------------------------------------
 
 NOT_IDENTITY = {  # where things lie, how often something is said or saved, how the work is spread; spelled out on purpose
@@ -427,16 +520,18 @@ NOT_IDENTITY = {  # where things lie, how often something is said or saved, how 
     "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
     "logging.trackers", "lora.merge_adapter", "distillation.teacher", "distillation.teachers.path",
     "distillation.teachers.device", "distillation.cache", "distillation.cache_path", "corpus.input", "corpus.output",
-    "download.strict_small", "download.strict", "download.revision",
+    "download.strict_small", "download.strict", "download.revision", "rewards.teacher", "rewards.batch_size", "rewards.device",
+    "rewards.server", "rewards.api_key_variable", "rewards.rubric", "rewards.workers", "rewards.timeout", "rewards.attempts",
+    "rewards.backoff",
 }
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("schema", (*SCHEMAS, Rewarded))
 def test_every_key_says_what_it_means(schema):
     assert [path for path, field in fields(schema) if len(field.description or "") < 3] == []
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("schema", (*SCHEMAS, Rewarded))
 def test_every_key_is_marked_as_identity_or_not(schema):
     marked = {path: field.json_schema_extra["identity"] for path, field in fields(schema) if not is_section(field)}
     assert {path for path, is_identity in marked.items() if not is_identity} == NOT_IDENTITY & marked.keys()

@@ -1,0 +1,411 @@
+"""What all algorithms of stage 6 share: the run folder, the budget in words generated, milestones, the log line, samples, validation,
+resume state, and the end of a run.
+
+An algorithm samples and scores through `RLRun` and reports every step to it; RLRun says when to save, when to stop, and what remains.
+"""
+
+import datetime
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from babylm import hub, models, scoring, training
+from babylm.config import RLConfig, UserError
+from babylm.distillation import Distiller
+from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
+from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
+from interactive import reward
+from interactive.prompts import Prompts, load_prompts
+from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of
+
+WORDLESS_STEPS = 20  # in a row: then the policy has stopped writing, and a budget of words would never be used up
+
+
+# ---- Before training ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What a run reads, before any model is loaded."""
+
+    tokenizer: PreTrainedTokenizerFast
+    prompts: Prompts
+
+
+def load_inputs(config: RLConfig) -> Inputs:
+    """The policy's tokenizer and the prompts. UserError for an unfinished student, and for prompts that are not to be had."""
+    require_finished(config.model.path, "ppo.py: model.path")
+    training.milestone_sets(config)  # mistakes in it are said before anything is fetched
+    tokenizer = models.load_tokenizer(config.model.path)
+    return Inputs(tokenizer, load_prompts(config.prompts, tokenizer, config.data.corpus, config.seed,
+                                          Path(config.data.corpus) / "prompts_cache"))
+
+
+def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
+    """Open the run's folder; None if the run is finished already. The run's identity holds the content of what is read."""
+    for path in reward.model_paths(config.rewards):
+        require_finished(path, "ppo.py: rewards")
+    return training.open_folder(config, "ppo.py", {
+        "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256, "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
+        "base": models.weights_fingerprint(config.model.path), "prompts": inputs.prompts.fingerprint,
+        **reward.fingerprints(config.rewards)})
+
+
+@dataclass
+class Progress:
+    """What the next process needs beyond the algorithm's own state; saved as progress.json."""
+
+    step: int = 0
+    words: int = 0  # generated to learn from
+    excluded: int = 0  # completions that no reward could be given
+    wordless: int = 0  # steps in a row without a single word
+    seconds: float = 0.0
+    window: list[dict[str, float]] = field(default_factory=list)  # of every step since the last log line
+
+
+class RLRun:
+    """One run of stage 6.
+
+    Args:
+        folder: as `open_run` opened it; with `folder.resume_from`, the run goes on there.
+        reference: the frozen starting policy, on `device`.
+        rewards: as `reward.build_rewards` made them.
+    """
+
+    def __init__(self, config: RLConfig, folder: RunFolder, inputs: Inputs, reference: PreTrainedModel, rewards: Sequence[Any],
+                 device: torch.device):
+        self.config, self.folder, self.device = config, folder, device
+        self.tokenizer, self.prompts = inputs.tokenizer, inputs.prompts
+        self.reference, self.rewards = reference.requires_grad_(False).eval(), rewards
+        section = config.data
+        self.val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", self.tokenizer), section.seq_len, section.eval_blocks)
+        self.sets = training.milestone_sets(config)
+        training.require_positions("student", reference, section.seq_len)
+        if self.sets:
+            from eval import at_milestones
+
+            at_milestones.require_fits(self.sets, self.tokenizer, getattr(reference.config, "max_position_embeddings", None))
+        self.stop, self.state = StopRequest(), PartialState()
+        self.progress = Progress()
+        if folder.resume_from:
+            self.progress = Progress(**json.loads((folder.resume_from / "progress.json").read_text(encoding="utf-8")))
+            self._forget_samples_after(self.step)
+        self.ledger = hub.rl_ledger(config, tokenizer_fingerprint(self.tokenizer), reward.model_paths(config.rewards))
+        self._began = self._window_began = time.monotonic()
+        self._stats: dict[str, float] = {}
+
+    # -- where the run stands
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
+    @property
+    def share(self) -> float:
+        """Of the budget that is used up, 0 ... 1."""
+        budget = self.config.training
+        return min(1.0, self.progress.words / budget.words if budget.words else self.step / budget.steps)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is used up."""
+        return self.share >= 1
+
+    def learning_rate_share(self) -> float:
+        """What the next step multiplies the peak learning rate with: warm-up by steps, then the schedule over the budget."""
+        section = self.config.training
+        warm = min(1.0, (self.step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
+        shape = {"constant": 1.0, "linear": 1 - self.share, "cosine": (1 + math.cos(math.pi * self.share)) / 2}
+        return warm * shape[section.schedule]
+
+    def seed_of(self, purpose: str) -> int:
+        """A seed for the next step's `purpose`."""
+        return seeds_of(self.config.seed, self.step, range(1), purpose)[0]
+
+    # -- completions
+
+    def sample(self, model: PreTrainedModel, rows: range) -> list[Sample]:
+        """Complete these rows of the next step's batch of prompts."""
+        section = self.config.generation
+        batch = self.prompts.batch(self.step, self.config.training.batch_size)
+        return sample(model, self.tokenizer, [batch[row] for row in rows], seeds_of(self.config.seed, self.step, rows),
+                      max_new_tokens=section.max_new_tokens, temperature=section.temperature,
+                      batch_size=self.config.training.per_device_batch_size)
+
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Give every sample its reward and the parts of it."""
+        scores = reward.combine(self.rewards, [s.prompt for s in samples], [s.completion for s in samples],
+                                completion_ids=[s.completion_ids for s in samples], prompt_ids=[s.prompt_ids for s in samples])
+        for index, scored in enumerate(samples):
+            scored.reward = scores.total[index]
+            scored.parts = {name: part[index] for name, part in scores.parts.items()}
+        self._stats = scores.stats
+
+    def gather(self, rows: range, samples: Sequence[Sample]) -> list[Sample]:
+        """The whole batch, in every process, in the order of its rows. UserError if not one completion could be scored."""
+        pairs = list(zip(rows, samples, strict=True))
+        gathered = sorted(gather_object(pairs) if self.state.num_processes > 1 else pairs, key=lambda pair: pair[0])
+        everyone = [scored for _, scored in gathered]
+        self.require_scored(everyone)
+        return everyone
+
+    def require_scored(self, samples: Sequence[Sample]) -> None:
+        """UserError if not one of a batch's completions has a reward: the step could teach nothing."""
+        if all(scored.reward is None for scored in samples):
+            parts = sorted({name for scored in samples for name, value in scored.parts.items() if value is None})
+            raise UserError(f"step {self.step + 1}: none of the {len(samples)} completions could be given a reward ({', '.join(parts)}), so "
+                            "nothing can be learned. Look at what the judge answers (its model, its rubric); the same command goes on from "
+                            f"{self.folder.newest_whole() or 'the start'}")
+
+    # -- the end of a step
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Say what will be done and, where the run is new, validate what it starts from."""
+        self._began = self._window_began = time.monotonic()
+        self.folder.set_status("running")
+        self._print_plan(model)
+        if self.stop:
+            raise Preempted(f"{self.stop.signal_name} before the first step; the same command starts again")
+        if self.step == 0:
+            write_text(self.folder.metrics, "")
+            write_text(self._samples_file, "")
+            self.validate(model)
+
+    def end_step(self, model: PreTrainedModel, samples: Sequence[Sample], terms: dict[str, float]) -> dict[str, Any] | None:
+        """Count what was written, keep milestones, log and validate when it is time.
+
+        Args:
+            samples: the whole batch, those without a reward included.
+            terms: what the algorithm reports of the step, by name.
+
+        Returns:
+            The row that was logged, if one was.
+        """
+        progress, before = self.progress, self.progress.words
+        progress.step += 1
+        words = sum(scored.words for scored in samples)
+        progress.words += words
+        progress.excluded += sum(scored.reward is None for scored in samples)
+        progress.wordless = 0 if words else progress.wordless + 1
+        progress.window.append({**_means(samples), **terms, **self._stats, "tokens": sum(len(s.completion_ids) for s in samples)})
+        if progress.wordless >= WORDLESS_STEPS:
+            raise UserError(f"step {self.step}: the policy has written no word in {WORDLESS_STEPS} steps, so its budget of words would never "
+                            "be used up. A length reward, a larger ppo.kl.coefficient or a lower training.lr keeps it writing")
+        self._save_milestones(model, before)
+        row = None
+        if self.step % self.config.logging.logging_steps == 0 or self.step == 1 or self.done:
+            row = self._log(samples)
+        if self.step % self.config.logging.eval_steps == 0 or self.done:
+            self.validate(model)
+        return row
+
+    def save_or_stop(self, save: Callable[[Path], None]) -> None:
+        """Write a resume checkpoint when it is time or a signal asks for it; in the latter case stop.
+
+        Args:
+            save: writes the algorithm's state into a folder.
+        """
+        asked = any(gather_object([self.stop.signal_name])) if self.state.num_processes > 1 else bool(self.stop)
+        if self.done or not (asked or self.step % self.config.checkpoints.save_steps == 0):
+            return
+        target = self.folder.root / f"checkpoint-{self.step}"
+        if self.folder.main:
+            with saving(target), folder_written_whole(target) as folder:
+                save(folder)
+                write_json(folder / "progress.json", asdict(self.progress) | {"seconds": self.seconds()})
+            self.folder.rotate()
+        self.state.wait_for_everyone()
+        if asked:
+            again = [key for key in ("resume_path", "fresh") if getattr(self.config, key)]
+            raise Preempted(f"{self.stop.signal_name or 'a signal to another process'} at step {self.step}; the same command"
+                            f"{' without ' + ' and '.join(again) if again else ''} continues there")
+
+    def seconds(self) -> float:
+        """Seconds of this run so far, over all its processes one after the other."""
+        return self.progress.seconds + time.monotonic() - self._began
+
+    def _where(self) -> dict[str, Any]:
+        return {"step": self.step, "words": self.progress.words, "seconds": round(self.seconds(), 2)}
+
+    def _log(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        window, now = self.progress.window, time.monotonic()
+        names = dict.fromkeys(name for step in window for name in step)
+        means = {name: _mean([step[name] for step in window if step.get(name) is not None]) for name in names}
+        tokens = sum(step["tokens"] for step in window)
+        rate = tokens / max(now - self._window_began, 1e-9)
+        row = {"kind": "train", **self._where(), "share": self.share, **{name: value for name, value in means.items() if name != "tokens"},
+               "excluded": self.progress.excluded, "tokens_per_s": rate}
+        self._window_began = now
+        self.progress.window = []
+        self.folder.append_metrics(row)
+        self._write_samples("train", samples[:self.config.logging.samples])
+        left = datetime.timedelta(seconds=round(self.seconds() / max(self.share, 1e-9) * (1 - self.share)))
+        budget = self.config.training
+        goal = f"words {self.progress.words / 1000:,.1f}K" + (f"/{budget.words / 1000:,.0f}K" if budget.words else "")
+        shown = [f"{name} {row[name]:.4f}" for name in ("reward", *(n for n in row if n.startswith("reward/")), "kl", "entropy")
+                 if row.get(name) is not None]
+        extra = [f"excluded {self.progress.excluded:,}"] if self.progress.excluded else []
+        self.say(f"step {self.step:>5,}{f'/{budget.steps:,}' if budget.steps else ''} | {goal} | {' | '.join([*shown, *extra])} | "
+                 f"{row['completion_words']:.1f} words | grad {row.get('grad_norm', float('nan')):.2f} | {rate / 1000:,.2f}K tok/s | {left} left")
+        return row
+
+    def validate(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Mean CE over the validation blocks, in nats, and reward and KL of completions that are not learned from.
+
+        The same prompts with the same noise every time, so that a difference between two validations is one of the policies.
+        """
+        began, config = time.monotonic(), self.config
+        row = {**self._where(), **self._ce(model)}
+        if count := config.logging.eval_prompts:
+            section = config.generation
+            rows = range(count)[self.state.process_index::self.state.num_processes]
+            prompts = self.prompts.batch(0, count)
+            with self._autocast():
+                samples = sample(model, self.tokenizer, [prompts[r] for r in rows], seeds_of(config.seed, 0, rows, "validation"),
+                                 max_new_tokens=section.max_new_tokens, temperature=section.temperature,
+                                 batch_size=config.training.per_device_batch_size or config.training.batch_size)
+                for mine, theirs, scored in zip(*(completion_logprobs(
+                        body_and_head(which, "policy"), samples, temperature=section.temperature,
+                        batch_size=config.training.per_device_batch_size or config.training.batch_size) for which in (model, self.reference)),
+                        samples, strict=True):
+                    scored.logprobs, scored.reference_logprobs = mine, theirs
+            self.score(samples)
+            samples = self.gather(rows, samples)
+            ratio = torch.cat([s.logprobs - s.reference_logprobs for s in samples])
+            row |= {**_means(samples), "kl": float(ratio.mean()), "rewards": [s.reward for s in samples]}
+            self._write_samples("validation", samples[:max(config.logging.samples, 1)])
+        self.folder.append_metrics({"kind": "eval", **row})
+        self._window_began += time.monotonic() - began  # validation is not part of the training speed
+        shown = [f"{name} {row[name]:.4f}" for name in ("ce", "reward", "kl") if row.get(name) is not None]
+        self.say(f"  validation at step {self.step:,}: {' | '.join(shown)} | perplexity {row['perplexity']:.2f}")
+        return row
+
+    def _ce(self, model: PreTrainedModel) -> dict[str, Any]:
+        distiller, was_training = Distiller(model), model.training
+        distiller.eval()
+        batch = self.config.training.per_device_batch_size or self.config.training.batch_size
+        first, stride = self.state.process_index * batch, self.state.num_processes * batch
+        mine = [range(start, min(start + batch, len(self.val))) for start in range(first, len(self.val), stride)]
+        with self._autocast():
+            counts, sums = scoring.domain_sums(lambda part: distiller.token_terms(**part), self.val, mine, self.device)
+        model.train(was_training)
+        table = torch.stack([counts, sums.get("ce", torch.zeros_like(counts))])
+        if self.state.num_processes > 1:
+            torch.distributed.all_reduce(table)
+        counts, ce = table.cpu()
+        return scoring.means(counts, {"ce": ce}, self.val.store.domains)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.training.precision == "bf16")
+
+    # -- files
+
+    @property
+    def _samples_file(self) -> Path:
+        return self.folder.run / "samples.jsonl"
+
+    def _write_samples(self, kind: str, samples: Sequence[Sample]) -> None:
+        if self.folder.main:
+            with open(self._samples_file, "a", encoding="utf-8") as stream:
+                for s in samples:
+                    stream.write(json.dumps({"kind": kind, **self._where(), "prompt": s.prompt, "completion": s.completion,
+                                             "finished": s.finished, "reward": s.reward, "parts": s.parts}, ensure_ascii=False) + "\n")
+
+    def _forget_samples_after(self, step: int) -> None:
+        if self.folder.main and self._samples_file.is_file():
+            rows = [row for row in hub.json_lines(self._samples_file) if row["step"] <= step]
+            write_text(self._samples_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def _save_milestones(self, model: PreTrainedModel, before: int) -> None:
+        reached = training.milestones_between(self.config, before, self.progress.words)
+        if not reached:
+            return
+        began = time.monotonic()
+        for name in reached:
+            if self.folder.main:
+                with saving(self.folder.root / name), folder_written_whole(self.folder.root / name) as target:
+                    models.save_model(model, self.tokenizer, target)
+            self.folder.append_metrics({"kind": "milestone", **self._where(), "name": name})
+            self.say(f"  milestone {name} at step {self.step:,} ({self.progress.words:,} words generated)")
+        if self.sets and self.folder.main:
+            from eval import at_milestones
+
+            found = at_milestones.scores(model, self.tokenizer, self.sets)
+            for name in reached:
+                self.folder.append_metrics({"kind": "scores", **self._where(), "name": name, "tasks": found})
+            self.say("  scores: " + " | ".join(f"{name} {entry['score']:.2f} ± {entry['se']:.2f}" for name, entry in found.items()))
+        self.state.wait_for_everyone()
+        self._window_began += time.monotonic() - began
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """The budget is used up: the final model goes to the root, then finished.json says so."""
+        if self.folder.main:
+            rows = list(hub.json_lines(self.folder.metrics))
+            first, last = ([row for row in rows if row["kind"] == "eval"][place] for place in (0, -1))
+            kept = ("ce", "perplexity", "ce_by_domain", "reward", "kl")
+            result = {"steps": self.step, "weights_from_step": self.step, "words_seen": self.progress.words,
+                      "generated_words": self.progress.words, "seconds": round(self.seconds(), 1),
+                      "parameters": models.count_parameters(model), **{name: last[name] for name in kept if name in last},
+                      "before": {name: first[name] for name in kept if name in first}, "excluded": self.progress.excluded,
+                      "ledger": {**self.ledger, "generated_words": self.progress.words}}
+
+            def write(target: Path) -> None:
+                models.save_model(model, self.tokenizer, target)
+                models.require_saved_equals(model, target, self.val[0]["input_ids"][None, :64])
+                card = hub.model_card(self.config, self.folder, result, own_code=any(target.glob("modeling_*.py")))
+                (target / "README.md").write_text(card, encoding="utf-8")
+
+            with saving(self.folder.root):
+                self.folder.install_final(write)
+            self.folder.finish(result)
+            self.say(f"finished {self.folder.root}: step {self.step:,} | {self.progress.words:,} words generated | "
+                     + " | ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in ("reward", "kl", "ce") if name in last)
+                     + f" | {result['seconds']:.0f} s")
+        self.state.wait_for_everyone()
+
+    # -- words for the user
+
+    def say(self, line: str) -> None:
+        """Print a line, once."""
+        if self.folder.main:
+            print(line, file=sys.stdout, flush=True)
+
+    def _print_plan(self, model: PreTrainedModel) -> None:
+        config = self.config
+        budget = config.training
+        self.say(f"model      {models.count_parameters(model):,} parameters, from {config.model.path}")
+        self.say(f"prompts    {len(self.prompts.texts):,}: {self.prompts.source}")
+        self.say("rewards    " + " + ".join(f"{r.weight:g} x {r.__name__}" for r in self.rewards))
+        self.say(f"batch      {budget.batch_size} completions of up to {config.generation.max_new_tokens} tokens, "
+                 f"{self.state.num_processes} process(es)")
+        self.say("budget     " + (f"{budget.words:,} words generated" if budget.words else f"{budget.steps:,} steps"))
+        self.say(f"device     {self.device}, {budget.precision}, {torch.get_num_threads()} CPU threads")
+        if self.folder.resume_from:
+            self.say(f"resuming from {self.folder.resume_from}")
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _means(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """What a batch of samples comes to: mean reward and parts (over those that have one), length, share that ended by itself."""
+    names = dict.fromkeys(name for s in samples for name in s.parts)
+    scored = [s.reward for s in samples if s.reward is not None]
+    mean = _mean(scored)
+    return {"reward": mean, "reward_sd": math.sqrt(_mean([(value - mean) ** 2 for value in scored])) if scored else None,
+            **({f"reward/{name}": _mean([s.parts[name] for s in samples if s.parts.get(name) is not None]) for name in names}
+               if len(names) > 1 else {}),
+            "completion_words": _mean([s.words for s in samples]), "completion_tokens": _mean([len(s.completion_ids) for s in samples]),
+            "finished": _mean([s.finished for s in samples])}
