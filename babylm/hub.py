@@ -127,9 +127,10 @@ def _helper(path: str) -> dict[str, Any]:
     root = _run_of(path)
     ledger = read_finished(root).get("ledger") if root else None
     if ledger and root != Path(path):
-        rows = [row for row in json_lines(root / "run" / "metrics.jsonl") if row.get("kind") == "milestone" and row["name"] == Path(path).name]
+        metrics = json_lines(root / "run" / "metrics.jsonl")
+        rows = [row for row in metrics if row.get("kind") == "milestone" and row["name"] == Path(path).name]
         counted = ["generated_words"] if ledger.get("generated_words") else ["words_seen", "words_before_last_step"]  # stage 6 reads none
-        ledger |= {name: rows[-1]["words"] for name in counted} if rows else {}
+        ledger |= dict.fromkeys(counted, rows[-1]["words"]) if rows else {}
     return {"path": path, "ledger": ledger}
 
 
@@ -172,8 +173,8 @@ def accounts(ledger: dict[str, Any], what: str = "this model", role: str = "this
     # Only the run itself may end with the step that reaches a limit: what its base had seen, it had seen before.
     last = ledger["words_before_last_step"] if role == "this model" else ledger["words_seen"]
     seen, before = (ledger["words_seen"], last) if own else (0, 0)
-    # Learning from rewards reads no text.
-    rows = [Account(f"{what}: corpus", role, ledger["corpus_words"], ledger["corpus_sha256"], seen, before)] if ledger["corpus_words"] else []
+    rows = [Account(f"{what}: corpus", role, ledger["corpus_words"], ledger["corpus_sha256"], seen, before)]
+    rows = rows if ledger["corpus_words"] else []  # learning from rewards reads no text
     tokenizer, generated = ledger["tokenizer"], ledger["generated_words"]
     rows.append(Account(f"{what}: tokenizer {tokenizer['source']}", "tokenizer", tokenizer["words"], tokenizer["sha256"]))
     if generated:

@@ -53,12 +53,15 @@ def load_inputs(config: RLConfig) -> Inputs:
 
 def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
     """Open the run's folder; None if the run is finished already. The run's identity holds the content of what is read."""
-    for path in reward.model_paths(config.rewards):
-        require_finished(path, "ppo.py: rewards")
     return training.open_folder(config, "ppo.py", {
         "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256, "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
         "base": models.weights_fingerprint(config.model.path), "prompts": inputs.prompts.fingerprint,
-        **reward.fingerprints(config.rewards)})
+        **reward.reward_fingerprints(config.rewards, inputs.tokenizer)})
+
+
+def reward_models(config: RLConfig) -> list[str]:
+    """Folders and hub names of the models whose probabilities are rewards."""
+    return [entry.teacher if entry.kind == "margin" else entry.model for entry in config.rewards if entry.kind in ("margin", "likelihood")]
 
 
 @dataclass
@@ -86,7 +89,7 @@ class RLRun:
                  device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.tokenizer, self.prompts = inputs.tokenizer, inputs.prompts
-        self.reference, self.rewards = reference.requires_grad_(False).eval(), rewards
+        self.reference, self.rewards = reference, rewards
         section = config.data
         self.val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", self.tokenizer), section.seq_len, section.eval_blocks)
         self.sets = training.milestone_sets(config)
@@ -100,7 +103,7 @@ class RLRun:
         if folder.resume_from:
             self.progress = Progress(**json.loads((folder.resume_from / "progress.json").read_text(encoding="utf-8")))
             self._forget_samples_after(self.step)
-        self.ledger = hub.rl_ledger(config, tokenizer_fingerprint(self.tokenizer), reward.model_paths(config.rewards))
+        self.ledger = hub.rl_ledger(config, tokenizer_fingerprint(self.tokenizer), reward_models(config))
         self._began = self._window_began = time.monotonic()
         self._stats: dict[str, float] = {}
 
@@ -150,7 +153,7 @@ class RLRun:
         for index, scored in enumerate(samples):
             scored.reward = scores.total[index]
             scored.parts = {name: part[index] for name, part in scores.parts.items()}
-        self._stats = scores.stats
+        self._stats = {name: value for name, value in scores.stats.items() if "judge" in name and not name.endswith(("mean", "std"))}
 
     def gather(self, rows: range, samples: Sequence[Sample]) -> list[Sample]:
         """The whole batch, in every process, in the order of its rows. UserError if not one completion could be scored."""
@@ -164,7 +167,7 @@ class RLRun:
         """UserError if not one of a batch's completions has a reward: the step could teach nothing."""
         if all(scored.reward is None for scored in samples):
             parts = sorted({name for scored in samples for name, value in scored.parts.items() if value is None})
-            raise UserError(f"step {self.step + 1}: none of the {len(samples)} completions could be given a reward ({', '.join(parts)}), so "
+            raise UserError(f"step {self.step + 1}: none of the {len(samples)} completions could be given a reward ({', '.join(parts)}): "
                             "nothing can be learned. Look at what the judge answers (its model, its rubric); the same command goes on from "
                             f"{self.folder.newest_whole() or 'the start'}")
 
@@ -200,8 +203,8 @@ class RLRun:
         progress.wordless = 0 if words else progress.wordless + 1
         progress.window.append({**_means(samples), **terms, **self._stats, "tokens": sum(len(s.completion_ids) for s in samples)})
         if progress.wordless >= WORDLESS_STEPS:
-            raise UserError(f"step {self.step}: the policy has written no word in {WORDLESS_STEPS} steps, so its budget of words would never "
-                            "be used up. A length reward, a larger ppo.kl.coefficient or a lower training.lr keeps it writing")
+            raise UserError(f"step {self.step}: the policy has written no word in {WORDLESS_STEPS} steps, so its budget of words would "
+                            "never be used up. A length reward, a larger ppo.kl.coefficient or a lower training.lr keeps it writing")
         self._save_milestones(model, before)
         row = None
         if self.step % self.config.logging.logging_steps == 0 or self.step == 1 or self.done:
@@ -255,9 +258,11 @@ class RLRun:
         goal = f"words {self.progress.words / 1000:,.1f}K" + (f"/{budget.words / 1000:,.0f}K" if budget.words else "")
         shown = [f"{name} {row[name]:.4f}" for name in ("reward", *(n for n in row if n.startswith("reward/")), "kl", "entropy")
                  if row.get(name) is not None]
-        extra = [f"excluded {self.progress.excluded:,}"] if self.progress.excluded else []
-        self.say(f"step {self.step:>5,}{f'/{budget.steps:,}' if budget.steps else ''} | {goal} | {' | '.join([*shown, *extra])} | "
-                 f"{row['completion_words']:.1f} words | grad {row.get('grad_norm', float('nan')):.2f} | {rate / 1000:,.2f}K tok/s | {left} left")
+        shown += [f"excluded {self.progress.excluded:,}"] if self.progress.excluded else []
+        shown += [f"{row['completion_words']:.1f} words each"]
+        shown += [f"grad {row['grad_norm']:.2f}"] if "grad_norm" in row else []
+        self.say(f"step {self.step:>5,}{f'/{budget.steps:,}' if budget.steps else ''} | {goal} | {' | '.join(shown)} | "
+                 f"{rate / 1000:,.2f}K tok/s | {left} left")
         return row
 
     def validate(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -271,15 +276,14 @@ class RLRun:
             section = config.generation
             rows = range(count)[self.state.process_index::self.state.num_processes]
             prompts = self.prompts.batch(0, count)
+            batch = config.training.per_device_batch_size or config.training.batch_size
             with self._autocast():
                 samples = sample(model, self.tokenizer, [prompts[r] for r in rows], seeds_of(config.seed, 0, rows, "validation"),
-                                 max_new_tokens=section.max_new_tokens, temperature=section.temperature,
-                                 batch_size=config.training.per_device_batch_size or config.training.batch_size)
-                for mine, theirs, scored in zip(*(completion_logprobs(
-                        body_and_head(which, "policy"), samples, temperature=section.temperature,
-                        batch_size=config.training.per_device_batch_size or config.training.batch_size) for which in (model, self.reference)),
-                        samples, strict=True):
-                    scored.logprobs, scored.reference_logprobs = mine, theirs
+                                 max_new_tokens=section.max_new_tokens, temperature=section.temperature, batch_size=batch)
+                for name, which in (("logprobs", model), ("reference_logprobs", self.reference)):
+                    found = completion_logprobs(body_and_head(which, "policy"), samples, temperature=section.temperature, batch_size=batch)
+                    for scored, values in zip(samples, found, strict=True):
+                        setattr(scored, name, values)
             self.score(samples)
             samples = self.gather(rows, samples)
             ratio = torch.cat([s.logprobs - s.reference_logprobs for s in samples])
