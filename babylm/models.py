@@ -164,9 +164,11 @@ def model_config(section: ModelSection | MoEPModelSection, tokenizer: PreTrained
 
 
 def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
-    """A pretrained causal model in fp32 from a folder (own code allowed) or the hub (own code refused, never asked about)."""
+    """A pretrained causal model from a folder (own code allowed) or the hub (own code refused, never asked about); in fp32, unless
+    `options` name another dtype."""
+    options = {"dtype": torch.float32, **options}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=Path(path).exists(), **options)
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=Path(path).exists(), **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load the model {path}: {_first_line(error)}") from error
 
