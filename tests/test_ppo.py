@@ -2,13 +2,15 @@
 
 import json
 import math
-from types import SimpleNamespace
+import os
+import signal
 
 import pytest
 import torch
 
 from babylm import models
-from babylm.config import KLSection, ModelSection, RLConfig, check
+from babylm.config import KLSection, ModelSection, RLConfig, UserError, check
+from babylm.run_folder import Preempted
 from interactive import ppotrainer, rl_run, rollout
 from interactive.ppotrainer import PPOTrainer, PolicyWithValue
 from interactive.rollout import Sample, collate
@@ -78,7 +80,8 @@ def test_the_gradient_of_the_kl_loss_is_that_of_kl(old_is_policy):
 def test_the_adaptive_coefficient_moves_towards_its_target_by_bounded_steps():
     section = KLSection(control="adaptive", target=0.1, horizon=100)
     assert ppotrainer.adapted(1.0, 0.11, 50, section) == pytest.approx(1 + 0.1 * 0.5)
-    assert ppotrainer.adapted(1.0, 9.0, 50, section) == pytest.approx(1.1) and ppotrainer.adapted(1.0, 0.0, 50, section) == pytest.approx(0.9)
+    assert ppotrainer.adapted(1.0, 9.0, 50, section) == pytest.approx(1.1)
+    assert ppotrainer.adapted(1.0, 0.0, 50, section) == pytest.approx(0.9)
     assert ppotrainer.adapted(1.0, 9.0, 50, KLSection(control="fixed")) == 1.0
 
 
@@ -109,7 +112,7 @@ def sampled(path, tokenizer, prompts=("The dog", "A", "She was seen by the old")
 def test_sampling_depends_neither_on_the_batch_nor_on_dropout(policies, tokenizer, name):
     model, together = sampled(policies(name), tokenizer)
     model.train()
-    alone = [rollout.sample(model, tokenizer, [s.prompt], [seed], max_new_tokens=12)[0] for s, seed in zip(together, (1, 2, 3), strict=True)]
+    alone = [rollout.sample(model, tokenizer, [s.prompt], [seed], max_new_tokens=12)[0] for seed, s in enumerate(together, 1)]
     assert [s.completion_ids for s in alone] == [s.completion_ids for s in together] and model.training
     again = rollout.sample(model, tokenizer, ["A"], [5], max_new_tokens=12)[0]
     assert again.completion_ids != together[1].completion_ids
@@ -123,7 +126,8 @@ def test_samples_follow_the_distribution_at_the_temperature(policies, tokenizer)
     drawn = rollout.SeededSampling(range(20_000), 2.0, torch.device("cpu"))(None, logits.expand(20_000, -1)).argmax(1)
     expected = (logits / 2).softmax(0)
     share = torch.bincount(drawn, minlength=len(expected)) / 20_000
-    assert expected.max() > 0.01 and (share - expected).abs().max() < 0.008 and abs(float((share / expected)[expected > 0.01].mean()) - 1) < 0.05
+    assert expected.max() > 0.01 and (share - expected).abs().max() < 0.008
+    assert abs(float((share / expected)[expected > 0.01].mean()) - 1) < 0.05
 
 
 def test_a_completion_ends_with_its_first_end_token_even_where_that_is_the_pad_token(policies, tokenizer):
@@ -189,10 +193,12 @@ def build(policies, corpus, tmp_path):
     """build(reward, **sections) -> (run, trainer) of a tiny PPO run that has not begun."""
 
     def make(rewards, name="llama", policy=None, folder=None, **sections):
-        values = {"name": "ppo", "output": str(folder or tmp_path), "seed": 3, "data": {"corpus": str(corpus), "seq_len": 32, "eval_blocks": 4},
+        values = {"name": "ppo", "output": str(folder or tmp_path), "seed": 3,
+                  "data": {"corpus": str(corpus), "seq_len": 32, "eval_blocks": 4},
                   "model": {"path": str(policy or policies(name))}, "prompts": {"count": 40, "max_tokens": 3},
                   "generation": {"max_new_tokens": 6}, "rewards": [{"kind": "random"}],
-                  "training": {"steps": 20, "batch_size": 64, "lr": 1e-2, "threads": 1}, "ppo": {"value_lr": 1e-2, "kl": {"coefficient": 0.0}},
+                  "training": {"steps": 20, "batch_size": 64, "lr": 1e-2, "threads": 1},
+                  "ppo": {"value_lr": 1e-2, "kl": {"coefficient": 0.0}},
                   "checkpoints": {"milestones": False, "save_steps": 4}, "logging": {"eval_prompts": 32, "logging_steps": 3}}
         for section, keys in sections.items():
             values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
@@ -204,6 +210,7 @@ def build(policies, corpus, tmp_path):
         run = rl_run.RLRun(config, opened, inputs, reference, rewards, torch.device("cpu"))
         return run, PPOTrainer(config, run, policy)
 
+    make.folder = tmp_path
     return make
 
 
@@ -223,16 +230,152 @@ def test_a_policy_learns_to_prefer_tokens(build, setting):
 
 def test_a_policy_learns_a_length(build):
     run, trainer = build([Toy(lambda ids: -abs(len(ids) - 2))], generation={"max_new_tokens": 8}, training={
-        "steps": 25, "batch_size": 32, "lr": 5e-3, "threads": 1})
+        "steps": 15})
     trainer.train()
     first, last = (rows(run, "eval")[place] for place in (0, -1))
     assert first["completion_tokens"] > 7 and last["completion_tokens"] < 4 and last["finished"] > 0.8
 
 
 @pytest.mark.parametrize("kl", [{"coefficient": 5.0}, {"coefficient": 5.0, "where": "loss"},
-                                {"coefficient": 1.0, "control": "adaptive", "target": 0.005, "horizon": 16}])
+                                {"coefficient": 1.0, "control": "adaptive", "target": 0.005, "horizon": 8}])
 def test_a_large_kl_coefficient_holds_the_policy_near_the_reference(build, kl):
     run, trainer = build([low_tokens()], ppo={"value_lr": 1e-2, "kl": kl})
     trainer.train()
     last = rows(run, "eval")[-1]
-    assert last["kl"] < 0.1 and last["reward"] < 0.4
+    assert last["kl"] < 0.25 and last["reward"] < 0.4  # without it: more than 0.5, and more than 0.8
+
+
+# ---- The update -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_before_the_first_change_the_ratio_is_1_and_the_kl_0(build, name):
+    run, trainer = build([low_tokens()], name=name, ppo={"epochs": 1, "kl": {"coefficient": 0.1}})
+    terms = trainer.update(trainer.rollout())
+    assert terms["kl"] == 0 and abs(terms["update_kl"]) < 1e-9 and terms["clipped"] == 0
+    assert abs(terms["policy_loss"]) < 1e-5 and terms["grad_norm"] > 0  # whitened advantages: the loss is 0, its gradient is not
+
+
+def test_every_weight_that_is_trained_is_in_the_optimizer_once(build):
+    for value in ("head", "model"):
+        _, trainer = build([low_tokens()], ppo={"value": value, "value_lr": 1e-2}, folder=None, fresh=True)
+        held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in trainer.policy.parameters())
+        assert {group["peak_lr"] for group in trainer.optimizer.param_groups if id(trainer.policy.value_head.weight) in map(
+            id, group["params"])} == {1e-2}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def test_what_fits_at_once_does_not_change_the_step(build):
+    found = []
+    for number, per_device in enumerate((None, 8, 16)):
+        run, trainer = build([low_tokens()], folder=f"{build.folder}/{number}", training={"per_device_batch_size": per_device}, ppo={
+            "minibatches": 2, "epochs": 2, "entropy_coefficient": 0.01, "kl": {"coefficient": 0.1, "where": "loss"}})
+        samples = trainer.rollout()
+        # Plain gradient descent: Adam's first steps only see a gradient's sign, which rounding turns where it is almost 0.
+        trainer.optimizer = torch.optim.SGD([{"params": list(trainer.policy.parameters()), "peak_lr": 0.1}], lr=0.1)
+        trainer.update(samples)
+        found.append(weights(trainer))
+    for name, values in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], values, rtol=0, atol=1e-6)
+
+
+def test_tokens_behind_the_end_and_excluded_completions_teach_nothing(build):
+    run, trainer = build([low_tokens()])
+    samples = trainer.rollout()
+    batch = collate(samples)
+    assert batch.mask.sum() == sum(len(s.completion_ids) for s in samples)
+    targets = trainer.targets(samples, batch)
+    assert all(float(values[~batch.mask].abs().sum()) == 0 for values in targets.values())
+    run.rewards = [Toy(lambda ids: None if ids[0] < 250 else 1.0)]
+    run.score(samples)
+    left = [s for s in samples if s.reward is not None]
+    assert 0 < len(left) < len(samples) and all(s.completion_ids[0] >= 250 for s in left)
+    run.end_step(trainer.policy.model, samples, trainer.update(left))
+    row = rows(run, "train")[-1]
+    assert row["excluded"] == len(samples) - len(left) and row["reward"] == 1.0
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_can_teach_nothing_stops_the_run(build):
+    _, trainer = build([Toy(lambda ids: None, name="judge")])
+    with pytest.raises(UserError, match="step 1: none of the 32 completions could be given a reward .judge."):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(build):
+    run, trainer = build([Toy(lambda ids: math.nan)], logging={"eval_prompts": 0})
+    with pytest.raises(UserError, match="became NaN or infinite at step 1"):
+        trainer.train()
+    assert not (run.folder.run / "finished.json").exists()
+
+
+def test_a_policy_that_stops_writing_cannot_use_up_its_budget(build):
+    run, trainer = build([low_tokens()], training={"steps": None, "words": 1000})
+    silent = [Sample("A", "", [1], [2], True, reward=0.0)]
+    with pytest.raises(UserError, match="written no word in 20 steps"):
+        for _ in range(30):
+            run.end_step(trainer.policy.model, silent, {})
+    assert run.step == 20
+
+
+def test_the_budget_of_words_and_its_milestones_count_what_is_generated(build):
+    run, trainer = build([low_tokens()], training={"steps": None, "words": 150, "lr": 1e-4}, checkpoints={
+        "every_words": 50, "milestones": False, "save_steps": 100}, logging={"logging_steps": 1, "eval_prompts": 0})
+    trainer.train()
+    steps, milestones = rows(run, "train"), rows(run, "milestone")
+    assert steps[-1]["words"] >= 150 > steps[-2]["words"]
+    assert [row["name"] for row in milestones] == [f"chck_{n}" for n in range(50, steps[-1]["words"] + 1, 50)]
+    finished = json.loads((run.folder.run / "finished.json").read_text())
+    assert finished["generated_words"] == finished["ledger"]["generated_words"] == steps[-1]["words"]
+    for folder in (run.folder.root, run.folder.root / "chck_100"):
+        assert models.load_tokenizer(folder)("a").input_ids[0] == run.tokenizer.bos_token_id
+        models.load_causal_lm(str(folder))
+    held, saved = weights(trainer), models.load_causal_lm(str(run.folder.root))
+    assert all(torch.equal(held[f"model.{name}"], p) for name, p in saved.named_parameters())
+
+
+class Interrupting(Toy):
+    """Sends this process a real signal while it scores its n-th batch."""
+
+    def __init__(self, after):
+        super().__init__(low_tokens().value)
+        self.left = after
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(build, tmp_path):
+    setting = {"training": {"steps": 5, "lr": 5e-3}, "logging": {"eval_prompts": 16, "eval_steps": 2, "logging_steps": 2, "samples": 2},
+               "ppo": {"minibatches": 2, "kl": {"coefficient": 0.1, "control": "adaptive", "horizon": 50}}}
+    whole, trainer = build([low_tokens()], folder=tmp_path / "whole", **setting)
+    trainer.train()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    _, first = build([Interrupting(after=5)], folder=tmp_path / "cut", **setting)  # validations before step 1 and after step 2
+    with pytest.raises(Preempted, match="SIGUSR1 at step 3"):
+        first.train()
+    run, second = build([low_tokens()], folder=tmp_path / "cut", **setting)
+    assert run.step == 3
+    second.train()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    ours, theirs = weights(second), weights(trainer)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    def logged(which, file):
+        timeless = {"seconds", "tokens_per_s"}
+        lines = (which.folder.run / file).read_text().splitlines()
+        return [{name: value for name, value in json.loads(line).items() if name not in timeless} for line in lines]
+
+    assert logged(run, "metrics.jsonl") == logged(whole, "metrics.jsonl") and logged(run, "samples.jsonl") == logged(whole, "samples.jsonl")
+    assert not list(run.folder.root.glob("checkpoint-*"))
