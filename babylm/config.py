@@ -786,8 +786,7 @@ class RLDataSection(Section):
 
 
 class RLModelSection(Section):
-    path: str = key(..., "the student to start from, which is also the frozen reference: run folder, milestone, or hub name",
-                    identity=False, min_length=1)
+    path: str = key(..., "the student to start from, which is also the frozen reference: run folder, milestone, or hub name", min_length=1)
 
 
 class GenerationSection(Section):

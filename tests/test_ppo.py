@@ -3,16 +3,17 @@
 import json
 import math
 import os
+import re
 import signal
 
 import pytest
 import torch
 
 from babylm import models
-from babylm.config import KLSection, ModelSection, RLConfig, UserError, check
+from babylm.config import KLSection, ModelSection, MoEPModelSection, RLConfig, UserError, check
 from babylm.run_folder import Preempted
 from interactive import ppotrainer, rl_run, rollout
-from interactive.ppotrainer import PPOTrainer, PolicyWithValue
+from interactive.ppotrainer import PolicyWithValue, PPOTrainer
 from interactive.rollout import Sample, collate
 
 LLAMA = {"architecture": "llama", "layers": 2, "width": 32, "heads": 2, "max_positions": 64}
@@ -379,3 +380,77 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(build, tmp_path):
 
     assert logged(run, "metrics.jsonl") == logged(whole, "metrics.jsonl") and logged(run, "samples.jsonl") == logged(whole, "samples.jsonl")
     assert not list(run.folder.root.glob("checkpoint-*"))
+
+
+# ---- The script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moep(tokenizer, tmp_path_factory):
+    """Folder of an untrained MoE-P model."""
+    folder = tmp_path_factory.mktemp("moep") / "moep"
+    folder.mkdir()
+    section = MoEPModelSection(layers=3, width=16, heads=2, parallel_width=8, parallel_heads=2, max_positions=64)
+    models.save_model(models.build_model(section, tokenizer, seed=1), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def config(corpus, policies, teachers, tmp_path, write_yaml):
+    """A complete YAML of stage 6 whose reward is a teacher's margin."""
+    return write_yaml(tmp_path / "ppo.yaml", {
+        "name": "rl", "output": str(tmp_path), "seed": 1, "algorithm": "ppo",
+        "data": {"corpus": str(corpus), "seq_len": 32, "eval_blocks": 6}, "model": {"path": str(policies("llama"))},
+        "prompts": {"count": 20, "max_tokens": 4}, "generation": {"max_new_tokens": 8},
+        "rewards": [{"kind": "margin", "teacher": str(teachers("llama")[0])},
+                    {"kind": "length", "min_words": 1, "max_words": 4, "weight": 0.1}],
+        "training": {"steps": 2, "batch_size": 8, "lr": 1e-3, "device": "cpu", "threads": 1},
+        "ppo": {"minibatches": 2, "kl": {"coefficient": 0.1}}, "checkpoints": {"every_words": 20, "save_steps": 1},
+        "logging": {"logging_steps": 1, "eval_steps": 1, "eval_prompts": 6}})
+
+
+def test_the_script_trains_a_moep_student_and_says_what_it_did(config, moep, in_process, tmp_path, capsys):
+    in_process("ppo", "--config", config, f"model.path={moep}")
+    said = capsys.readouterr().out
+    assert "rewards    1 x margin + 0.1 x length" in said and re.search(r"reward/margin -?\d", said) and "finished" in said
+    root = tmp_path / "rl"
+    model = models.load_causal_lm(str(root))
+    assert model.config.model_type == "moep" and (root / "modeling_moep.py").is_file() and list(root.glob("chck_*"))
+    card = (root / "README.md").read_text()
+    assert "ppo.py" in card and "generated" in card
+    held = json.loads((root / "run" / "finished.json").read_text())
+    assert held["before"]["kl"] == 0 and held["before"]["ce"] != held["ce"] and held["ledger"]["corpus_words"] == 0
+    samples = [json.loads(line) for line in (root / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in samples} == {"train", "validation"} and set(samples[0]["parts"]) == {"margin", "length"}
+    in_process("ppo", "--config", config, f"model.path={moep}")
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="rewards.1.max_words: 4 there, 5 now"):
+        in_process("ppo", "--config", config, f"model.path={moep}", "rewards.1.max_words=5")
+
+
+def test_two_processes_train_what_one_trains(config, in_process, on_two_processes, tmp_path):
+    in_process("ppo", "--config", config)
+    on_two_processes("ppo", "--config", config, f"output={tmp_path / 'two'}")
+    one, two = (models.load_causal_lm(str(folder / "rl")).state_dict() for folder in (tmp_path, tmp_path / "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-3  # two steps of Adam at 1e-3: signs of tiny gradients
+    rows = [[row for line in (folder / "rl/run/metrics.jsonl").read_text().splitlines() if (row := json.loads(line))["kind"] == "eval"]
+            for folder in (tmp_path, tmp_path / "two")]
+    assert [row["words"] for row in rows[0]] == [row["words"] for row in rows[1]]
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours["ce"] == pytest.approx(theirs["ce"], abs=1e-3) and ours["reward"] == pytest.approx(theirs["reward"], abs=1e-2)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("training.batch_size=9", "training.batch_size 9 is not a multiple of ppo.minibatches 2"),
+    ("checkpoints.final=best", "checkpoints.final: best goes by validation CE"),
+    ("algorithm=grpo", "section ppo is given, but algorithm is grpo"),
+    ("training.epochs=2", "training.epochs: unknown key"),
+    ("training.words=5", "give exactly one of steps, words"),
+    ("generation.max_new_tokens=70", "has 64 positions, but prompts and completions have up to 75"),
+    ("model.path=models/none", "models/none does not exist"),
+    ("rewards.0.teacher=models/none", "models/none does not exist"),
+    ("ppo.kl.wher=loss", "ppo.kl.wher: unknown key; did you mean where?"),
+])
+def test_mistakes_are_named_before_anything_is_computed(config, in_process, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        in_process("ppo", "--config", config, override)
