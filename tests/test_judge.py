@@ -335,6 +335,16 @@ def test_a_line_cut_short_by_a_kill_costs_that_line_only(tmp_path):
     assert first.grades == third.grades, "what another process adds is seen"
 
 
+def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path):
+    cache = GradeCache(tmp_path)
+    with open(cache.path, "a") as stream:
+        for part in ('{"key": "a", "gra', 'des": {"wit": 1}}\n'):
+            stream.write(part)
+            stream.flush()
+            cache.refresh()
+    assert cache.grades == {"a": {"wit": 1}}
+
+
 def test_a_damaged_grade_is_no_grade(stub, tmp_path):
     judge = judge_of(stub, tmp_path)
     key = judge.key("a", "b")
