@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from babylm import models
 from babylm.config import UserError, content_hash, milestone_words
 from babylm.ledger import read_lines, read_values
-from babylm.model_card import model_card
+from babylm.model_card import evaluation, model_card
 from babylm.run_folder import is_whole, read_finished, require_finished
 
 PROJECT = Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def export_run(root: Path, options: Options, work: Path, dry_run: bool = False) 
         export.notes.append(f"{name}: run/metrics.jsonl names this milestone, but its folder is not here: it is not sent")
     require_readable(root)
     if options.gguf:  # said before anything is merged
-        require_gguf(root, config, options)
+        require_gguf(root, options)
     for name, folder in folders.items():
         export.revisions.append(Revision(name, _model_files(folder, config, options, work / name, export.notes)))
     files = _model_files(root, config, options, work / "main", export.notes)
@@ -185,7 +185,9 @@ def export_run(root: Path, options: Options, work: Path, dry_run: bool = False) 
         export.pending.append(gguf)
     elif gguf:
         files[gguf] = convert_to_gguf(model, work / gguf, options)
-    card = model_card(root, finished, model, options.repo, options.licence, options.datasets, options.results, gguf)
+    scores, notes = evaluation(root, options.results)
+    export.notes += notes
+    card = model_card(root, finished, model, options.repo, options.licence, options.datasets, scores, gguf)
     export.revisions.append(Revision("main", {**files, **_record_files(root, card, export.notes)}))
     return export
 
@@ -244,7 +246,7 @@ def merge(folder: Path, config: dict[str, Any], target: Path) -> None:
 # ---- GGUF ----------------------------------------------------------------------------------------------------------------
 
 
-def require_gguf(root: Path, config: dict[str, Any], options: Options) -> None:
+def require_gguf(root: Path, options: Options) -> None:
     """UserError unless llama.cpp's converter is there and knows this architecture as it is configured."""
     shape = models.load_config(str(root))
     if shape.model_type not in GGUF_ARCHITECTURES:

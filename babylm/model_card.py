@@ -21,7 +21,7 @@ UNKNOWN = "unknown"
 
 
 def model_card(root: Path, result: dict[str, Any], model: Path, repo: str | None = None, licence: str | None = None,
-               datasets: Sequence[str] = (), results: Path | None = None, gguf: str | None = None) -> str:
+               datasets: Sequence[str] = (), scores: dict[str, dict[str, dict[str, dict]]] | None = None, gguf: str | None = None) -> str:
     """The README.md of a final model, with metadata that the hub accepts.
 
     Args:
@@ -30,24 +30,24 @@ def model_card(root: Path, result: dict[str, Any], model: Path, repo: str | None
         model: the folder of the final model's config.json (or adapter_config.json), the run folder or one not yet moved there.
         repo: its name on the hub; without one, paths stand in the examples.
         licence, datasets: for the metadata, from whoever publishes it; no record holds them.
-        results: the folder that eval.zero_shot wrote into; scores of other weights than these are left out.
+        scores: what `evaluation` found; None where nobody looked.
         gguf: name of a GGUF file beside the weights.
     """
     config = yaml.safe_load((root / "run" / "config.yaml").read_text(encoding="utf-8"))
     record, rows = read_values(root / "run" / "record.json"), list(read_lines(root / "run" / "metrics.jsonl"))
     shape, adapter = read_values(model / "config.json"), read_values(model / "adapter_config.json")
     own_code = any(model.glob("modeling_*.py"))
-    scores, notes = evaluation(root, results) if results else ({}, [])
     sections = [
         f"# {repo.split('/')[1] if repo else config['name']}",
         _what_it_is(config, record, result, shape, adapter),
         _use(repo or f"path/to/{config['name']}", bool(repo), rows, own_code, bool(adapter), gguf),
-        _results(config, result), _curve(rows, scores), _scores(scores, notes, bool(results)),
+        _results(config, result), _curve(rows, scores or {}), _scores(scores),
         _data(config, result["ledger"]),
-        "## Word ledger\n\n" + ledger_text(result["ledger"]) + "\n\nThe record that this follows from is `ledger` in `run/finished.json`.",
+        "## Word ledger\n\n" + ledger_text(result["ledger"]) + "\n\nThe record that this follows from is `ledger` in `run/finished.json`.\n"
+        "Names such as `models/x` are folders of the machine it was trained on.",
         _hyperparameters(config), _how_it_was_made(record, result), _limits(config, shape, licence),
     ]
-    metadata = _metadata(config, result, repo, licence, datasets, scores, adapter)
+    metadata = _metadata(config, result, repo, licence, datasets, scores or {}, adapter)
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -97,7 +97,7 @@ def _what_it_is(config: dict, record: dict, result: dict, shape: dict, adapter: 
              "entries in the vocabulary": shape.get("vocab_size"),
              "positions": shape.get("max_position_embeddings") or shape.get("n_positions")}
     sized = ", ".join(f"{value:,} {what}" for what, value in sizes.items() if value)
-    start = f"from the weights of `{config['model']['path']}`" if _starts_from_weights(config) else "from random weights"
+    start = f"starting from the weights of `{config['model']['path']}`" if _starts_from_weights(config) else "starting from random weights"
     teachers = [one["path"] for one in result["ledger"]["teachers"]]
     if "algorithm" in config:
         how = f"trained further by {ALGORITHMS.get(config['algorithm'], config['algorithm'])} (rewards below)"
@@ -143,11 +143,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30, do_sample=Tru
 
 
 def _results(config: dict, result: dict) -> str:
-    text = config.get("data", {}).get("eval_path") or config.get("data", {}).get("corpus")
+    data = config.get("data", {})
+    text = f"`{data['eval_path']}`" if data.get("eval_path") else f"the held-out part of `{data.get('corpus', UNKNOWN)}`"
     domains = "\n".join(f"| {name} | {value:.4f} |" for name, value in result.get("ce_by_domain", {}).items())
-    where = f" (`{text}`, text that was not trained on)" if text else ""
-    return (f"## Validation{where}\n\nValidation cross-entropy {result['ce']:.4f} nats per token, perplexity {result['perplexity']:.2f}. "
-            "Both depend on the tokenizer: compare them between models of one vocabulary only."
+    return (f"## Validation\n\nValidation cross-entropy {result['ce']:.4f} nats per token, perplexity {result['perplexity']:.2f}, on "
+            f"{text}. Both depend on the tokenizer: compare them between models of one vocabulary only."
             + (f"\n\n| domain | CE (nats per token) |\n|---|---|\n{domains}" if domains else ""))
 
 
@@ -180,9 +180,9 @@ def _score(entry: dict | None) -> str:
     return f"{entry['score']:.2f} ± {entry['se']:.2f}" if entry else "-"
 
 
-def _scores(scores: dict, notes: list[str], asked: bool) -> str:
+def _scores(scores: dict | None) -> str:
     lines = []
-    for suite, revisions in scores.items():
+    for suite, revisions in (scores or {}).items():
         columns = [name for name in ("main", "untrained") if name in revisions]
         sets = list(dict.fromkeys(name for column in columns for name in revisions[column]))
         if not sets:
@@ -199,20 +199,20 @@ def _scores(scores: dict, notes: list[str], asked: bool) -> str:
             lines.append(f"| {name}{mark} | {one['n']:,} | {' | '.join(cells)} | {one.get('chance', UNKNOWN)} |")
         lines += ["", *([] if "untrained" in revisions else ["The untrained model was not scored.", ""])]
     if not lines:
-        lines = ["No scores of the official sets were found for these weights." if asked else
-                 "Not scored yet when this card was written (`python -m eval.zero_shot`)."]
-    return "\n".join(["## Evaluation", "", *lines, *notes]).rstrip()
+        lines = ["Unknown: not scored yet when this card was written." if scores is None else
+                 "Unknown: no scores of the official sets are on record for these weights."]
+    return "\n".join(["## Evaluation", "", *lines]).rstrip()
 
 
 def evaluation(root: Path, results: Path) -> tuple[dict[str, dict[str, dict[str, dict]]], list[str]]:
-    """What eval.zero_shot found for a run: {"official sets of 2025, causal": {revision: {set: summary}}} and a note on each
-    score that is left out because it belongs to other weights.
+    """What eval.zero_shot found for a run: {"suite 2025, causal backend": {revision: {set: summary}}}, and a note on scores that
+    are left out because they belong to other weights of this name.
 
     Args:
         results: the folder given to --output there; what lies in <results>/<suite>/<name> is of another suite.
     """
     found: dict[str, dict[str, dict[str, dict]]] = {}
-    stale: dict[str, list[str]] = {}
+    stale: set[str] = set()
     fingerprints: dict[str, str] = {}
     below = f"{root.name}/*/zero_shot/*/summary.json"
     for summary in sorted([*results.glob(below), *results.glob(f"*/{below}")]):
@@ -228,9 +228,9 @@ def evaluation(root: Path, results: Path) -> tuple[dict[str, dict[str, dict[str,
             if entry.get("identity", {}).get("checkpoint") == fingerprints[revision]:
                 found.setdefault(f"suite {suite}, {backend} backend", {}).setdefault(revision, {})[name] = entry
             else:
-                stale.setdefault(revision, []).append(name)
-    notes = [f"Left out: {', '.join(names)} of {revision}, found under this name but scored on other weights (or by an older version)."
-             for revision, names in stale.items()]
+                stale.add(revision)
+    notes = [f"{results / root.name}: the scores of {', '.join(sorted(stale))} are of other weights than these, or of an older version: "
+             "not in the card; run eval.zero_shot again"] if stale else []
     order = {suite: dict(sorted(revisions.items(), key=lambda pair: milestone_words(pair[0]) or 0)) for suite, revisions in found.items()}
     return order, notes
 
