@@ -366,7 +366,7 @@ def _imports_of(start: str) -> tuple[list[str], set[str]]:
     Own modules are followed wherever they are imported; packages that are imported inside functions are left out, except those of
     `start` itself: they belong to what the chat does not use (training adapters, reading corpora).
     """
-    todo, files, packages = [start], set(), set()
+    todo, files, packages = _files_of(start.removesuffix(".py").replace("/", ".")), set(), set()
     while todo:
         name = todo.pop()
         if name in files:

@@ -15,7 +15,7 @@ from babylm.ledger import ledger_text, read_lines, read_values
 
 ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama", "gptj": "GPT-J", "moep": "MoE-P"}
 ALGORITHMS = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO"}
-METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "reading": "partial R2"}  # of a set's kind, in the metadata
+METRICS = {"accuracy": "accuracy", "spearman": "spearmanr", "reading": "partial-r2"}  # of a set's kind, in the metadata
 CURVE = {"ce": "training CE", "kl": "training KL", "reward": "reward"}  # columns of the curve: what training rows may hold
 UNKNOWN = "unknown"
 
@@ -66,14 +66,13 @@ def _metadata(config: dict, result: dict, repo: str | None, licence: str | None,
         found |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     if datasets:
         found["datasets"] = list(datasets)
-    task = {"type": "text-generation"}
-    entries = [{"task": task, "dataset": {"name": "validation text of the run", "type": "babylm-validation"},
+    entries = [{"task": {"type": "text-generation"}, "dataset": {"name": "validation text of the run", "type": "babylm-validation"},
                 "metrics": [{"type": "perplexity", "value": round(result["perplexity"], 4), "name": "perplexity"},
                             {"type": "cross-entropy", "value": round(result["ce"], 4), "name": "cross-entropy (nats per token)"}]}]
     for suite, revisions in scores.items():
         for one, entry in revisions.get("main", {}).items():
             kind = entry.get("kind", "accuracy")
-            entries.append({"task": task, "dataset": {"name": f"{one} ({suite})", "type": one},
+            entries.append({"task": {"type": "text-generation"}, "dataset": {"name": f"{one} ({suite})", "type": one},
                             "metrics": [{"type": METRICS.get(kind, kind), "value": round(entry["score"], 2),
                                          "name": f"{kind}, standard error {entry['se']:.2f}"}]})
     return {**found, "model-index": [{"name": name, "results": entries}]}
@@ -159,7 +158,7 @@ def _curve(rows: list[dict], scores: dict) -> str:
     shown = [name for name in CURVE if any(name in row for row in rows if row.get("kind") == "train")]
     generated = any("generated_words" in row for row in milestones)
     online = {row["name"]: row["tasks"] for row in rows if row.get("kind") == "scores"}
-    evaluated = {**online, **next(iter(scores.values()), {})}
+    evaluated = {**online, **max(scores.values(), key=len, default={})}  # of several suites, the one with most milestones
     sets = list(dict.fromkeys(name for row in milestones for name in evaluated.get(row["name"], {})))
     head = ["revision", "words seen", *(["words generated"] if generated else []), "step", *(CURVE[name] for name in shown),
             "validation CE (at step)", *sets]
@@ -196,7 +195,8 @@ def _scores(scores: dict | None) -> str:
             ties = [entry["ties"] if entry else 0 for entry in entries]
             cells = [_score(entry) + (f" ({100 * tie:.1f} % ties)" if tie else "") for entry, tie in zip(entries, ties, strict=True)]
             mark = " (not the official set)" if "unlike_official" in one else ""
-            lines.append(f"| {name}{mark} | {one['n']:,} | {' | '.join(cells)} | {one.get('chance', UNKNOWN)} |")
+            cells.append(f"{one['chance']:g}" if "chance" in one else UNKNOWN)
+            lines.append(f"| {name}{mark} | {one['n']:,} | {' | '.join(cells)} |")
         lines += ["", *([] if "untrained" in revisions else ["The untrained model was not scored.", ""])]
     if not lines:
         lines = ["Unknown: not scored yet when this card was written." if scores is None else
