@@ -19,9 +19,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from babylm import hub, models, scoring, training
+from babylm import models, scoring, training
 from babylm.config import RLConfig, UserError
 from babylm.distillation import Distiller
+from babylm.ledger import read_lines, rl_ledger
+from babylm.model_card import model_card
 from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
 from interactive import reward
@@ -57,11 +59,6 @@ def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
         "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256, "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
         "base": models.weights_fingerprint(config.model.path), "prompts": inputs.prompts.fingerprint,
         **reward.reward_fingerprints(config.rewards, inputs.tokenizer)})
-
-
-def reward_models(config: RLConfig) -> list[str]:
-    """Folders and hub names of the models whose probabilities are rewards."""
-    return [entry.teacher if entry.kind == "margin" else entry.model for entry in config.rewards if entry.kind in ("margin", "likelihood")]
 
 
 @dataclass
@@ -103,7 +100,7 @@ class RLRun:
         if folder.resume_from:
             self.progress = Progress(**json.loads((folder.resume_from / "progress.json").read_text(encoding="utf-8")))
             self._forget_samples_after(self.step)
-        self.ledger = hub.rl_ledger(config, tokenizer_fingerprint(self.tokenizer), reward_models(config))
+        self.ledger = rl_ledger(config, tokenizer_fingerprint(self.tokenizer))
         self._began = self._window_began = time.monotonic()
         self._stats: dict[str, float] = {}
 
@@ -328,7 +325,7 @@ class RLRun:
 
     def _forget_samples_after(self, step: int) -> None:
         if self.folder.main and self._samples_file.is_file():
-            rows = [row for row in hub.json_lines(self._samples_file) if row["step"] <= step]
+            rows = [row for row in read_lines(self._samples_file) if row["step"] <= step]
             write_text(self._samples_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _save_milestones(self, model: PreTrainedModel, before: int) -> None:
@@ -355,10 +352,11 @@ class RLRun:
     def finish(self, model: PreTrainedModel) -> None:
         """The budget is used up: the final model goes to the root, then finished.json says so."""
         if self.folder.main:
-            rows = list(hub.json_lines(self.folder.metrics))
+            rows = list(read_lines(self.folder.metrics))
             first, last = ([row for row in rows if row["kind"] == "eval"][place] for place in (0, -1))
             kept = ("ce", "perplexity", "ce_by_domain", "reward", "kl")
-            result = {"steps": self.step, "weights_from_step": self.step, "words_seen": self.progress.words,
+            base = self.ledger["base"]["ledger"] or {}  # the text that these weights have seen is what they had seen before
+            result = {"steps": self.step, "weights_from_step": self.step, "words_seen": base.get("words_seen", 0),
                       "generated_words": self.progress.words, "seconds": round(self.seconds(), 1),
                       "parameters": models.count_parameters(model), **{name: last[name] for name in kept if name in last},
                       "before": {name: first[name] for name in kept if name in first}, "excluded": self.progress.excluded,
@@ -367,8 +365,7 @@ class RLRun:
             def write(target: Path) -> None:
                 models.save_model(model, self.tokenizer, target)
                 models.require_saved_equals(model, target, self.val[0]["input_ids"][None, :64])
-                card = hub.model_card(self.config, self.folder, result, own_code=any(target.glob("modeling_*.py")))
-                (target / "README.md").write_text(card, encoding="utf-8")
+                (target / "README.md").write_text(model_card(self.folder.root, result, model=target), encoding="utf-8")
 
             with saving(self.folder.root):
                 self.folder.install_final(write)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from babylm import hub
-from babylm.hub import accounts, ledger_text, text_in_all, verdict
+from babylm import ledger as ledgers
+from babylm.ledger import accounts, ledger_text, text_in_all, verdict
 from custom_dataset import tokenizer_fingerprint
 
-ROOT = Path(hub.__file__).parent.parent
+ROOT = Path(ledgers.__file__).parent.parent
 MILLION = 1_000_000
 
 
@@ -188,6 +188,6 @@ def test_a_tokenizer_is_believed_only_with_its_own_fingerprint(student, small, t
     folder, record = student
     mine = tokenizer_fingerprint(tokenizer)
     for path in (small / "tokenizer", folder, folder / "chck_50"):
-        assert hub.tokenizer_text(str(path), mine) == record["tokenizer"]
-        assert hub.tokenizer_text(str(path), "another")["words"] is None
-    assert hub.tokenizer_text("gpt2", mine) == {"source": "gpt2", "words": None, "sha256": None}
+        assert ledgers.tokenizer_text(str(path), mine) == record["tokenizer"]
+        assert ledgers.tokenizer_text(str(path), "another")["words"] is None
+    assert ledgers.tokenizer_text("gpt2", mine) == {"source": "gpt2", "words": None, "sha256": None}
