@@ -41,7 +41,7 @@ def model_card(root: Path, result: dict[str, Any], model: Path, repo: str | None
         f"# {repo.split('/')[1] if repo else config['name']}",
         _what_it_is(config, record, result, shape, adapter),
         _use(repo or f"path/to/{config['name']}", bool(repo), rows, own_code, bool(adapter), gguf),
-        _results(config, result), _curve(rows, scores or {}), _scores(scores),
+        _results(config, result), _curve(rows, scores or {}, "algorithm" in config), _scores(scores),
         _data(config, result["ledger"]),
         "## Word ledger\n\n" + ledger_text(result["ledger"]) + "\n\nThe record that this follows from is `ledger` in `run/finished.json`.\n"
         "Names such as `models/x` are folders of the machine it was trained on.",
@@ -147,27 +147,34 @@ def _results(config: dict, result: dict) -> str:
     domains = "\n".join(f"| {name} | {value:.4f} |" for name, value in result.get("ce_by_domain", {}).items())
     return (f"## Validation\n\nValidation cross-entropy {result['ce']:.4f} nats per token, perplexity {result['perplexity']:.2f}, on "
             f"{text}. Both depend on the tokenizer: compare them between models of one vocabulary only."
-            + (f"\n\n| domain | CE (nats per token) |\n|---|---|\n{domains}" if domains else ""))
+            + _before(result) + (f"\n\n| domain | CE (nats per token) |\n|---|---|\n{domains}" if domains else ""))
 
 
-def _curve(rows: list[dict], scores: dict) -> str:
+def _before(result: dict) -> str:
+    """Stage 6: what its first validation, of the model it started from, gave beside the last."""
+    named = {"reward": "reward", "kl": "KL to the start (nats per token)", "ce": "validation CE", "perplexity": "perplexity"}
+    rows = [f"| {title} | {result['before'][name]:.4f} | {result[name]:.4f} |" for name, title in named.items()
+            if name in result.get("before", {}) and result.get(name) is not None]
+    return "\n\n| | before | after |\n|---|---|---|\n" + "\n".join(rows) if rows else ""
+
+
+def _curve(rows: list[dict], scores: dict, generated: bool = False) -> str:
     """A row per milestone: where it lies, the last logged training figures and the last validation by then, zero-shot scores."""
     milestones = [row for row in rows if row.get("kind") == "milestone"]
     if not milestones:
         return ""
     shown = [name for name in CURVE if any(name in row for row in rows if row.get("kind") == "train")]
-    generated = any("generated_words" in row for row in milestones)
     online = {row["name"]: row["tasks"] for row in rows if row.get("kind") == "scores"}
     evaluated = {**online, **max(scores.values(), key=len, default={})}  # of several suites, the one with most milestones
     sets = list(dict.fromkeys(name for row in milestones for name in evaluated.get(row["name"], {})))
-    head = ["revision", "words seen", *(["words generated"] if generated else []), "step", *(CURVE[name] for name in shown),
+    head = ["revision", "words generated" if generated else "words seen", "step", *(CURVE[name] for name in shown),
             "validation CE (at step)", *sets]
     lines = ["## Milestones", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in milestones:
         before = {kind: next((one for one in reversed(rows) if one.get("kind") == kind and one["step"] <= row["step"]), {})
                   for kind in ("train", "eval")}
-        cells = [f"`{row['name']}`", f"{row['words']:,}", *([f"{row.get('generated_words', 0):,}"] if generated else []),
-                 f"{row['step']:,}", *(f"{before['train'][name]:.4f}" if name in before["train"] else "-" for name in shown),
+        cells = [f"`{row['name']}`", f"{row['words']:,}", f"{row['step']:,}",
+                 *(f"{before['train'][name]:.4f}" if name in before["train"] else "-" for name in shown),
                  f"{before['eval']['ce']:.4f} ({before['eval']['step']:,})" if "ce" in before["eval"] else "-",
                  *(_score(evaluated.get(row["name"], {}).get(name)) for name in sets)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -237,6 +244,9 @@ def evaluation(root: Path, results: Path) -> tuple[dict[str, dict[str, dict[str,
 
 def _data(config: dict, ledger: dict) -> str:
     corpus = config.get("data", {}).get("corpus")
+    if "algorithm" in config:
+        return (f"## What it learned from\n\nNo text, but rewards for {ledger['generated_words']:,} words of its own writing: `prompts` and "
+                "`rewards` among the hyperparameters below. What its weights had read before is in the word ledger.")
     manifest = read_values(Path(corpus) / "manifest.json") if corpus else {}
     part = manifest.get("parts", {}).get("train", {})
     text = f"## Training text\n\n{ledger['corpus_words']:,} words of text (`{corpus}`, sha256 `{ledger['corpus_sha256'][:16]}`)."
