@@ -245,8 +245,8 @@ def evaluation(root: Path, results: Path) -> tuple[dict[str, dict[str, dict[str,
 def _data(config: dict, ledger: dict) -> str:
     corpus = config.get("data", {}).get("corpus")
     if "algorithm" in config:
-        return (f"## What it learned from\n\nNo text, but rewards for {ledger['generated_words']:,} words of its own writing: `prompts` and "
-                "`rewards` among the hyperparameters below. What its weights had read before is in the word ledger.")
+        return (f"## What it learned from\n\nNo text, but rewards for {ledger['generated_words']:,} words of its own writing: `prompts` "
+                "and `rewards` among the hyperparameters below. What its weights had read before is in the word ledger.")
     manifest = read_values(Path(corpus) / "manifest.json") if corpus else {}
     part = manifest.get("parts", {}).get("train", {})
     text = f"## Training text\n\n{ledger['corpus_words']:,} words of text (`{corpus}`, sha256 `{ledger['corpus_sha256'][:16]}`)."

@@ -31,6 +31,7 @@ from interactive.prompts import Prompts, load_prompts
 from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of
 
 WORDLESS_STEPS = 20  # in a row: then the policy has stopped writing, and a budget of words would never be used up
+SHOWN = 3  # completions before and after, printed at the end
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------
@@ -370,12 +371,23 @@ class RLRun:
             with saving(self.folder.root):
                 self.folder.install_final(write)
             self.folder.finish(result)
+            self._show_samples(first["step"], last["step"])
             self.say(f"finished {self.folder.root}: step {self.step:,} | {self.progress.words:,} words generated | "
                      + " | ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in ("reward", "kl", "ce") if name in last)
                      + f" | {result['seconds']:.0f} s")
         self.state.wait_for_everyone()
 
     # -- words for the user
+
+    def _show_samples(self, first: int, last: int) -> None:
+        """The first validation's completions beside the last one's: the same prompts and noise, another policy."""
+        rows = [row for row in read_lines(self._samples_file) if row["kind"] == "validation"]
+        before, after = ([row for row in rows if row["step"] == step] for step in (first, last))
+        for old, new in list(zip(before, after, strict=False))[:SHOWN]:
+            self.say(f"  prompt  {old['prompt']!r}")
+            for name, row in (("before", old), ("after", new)):
+                earned = "no reward" if row["reward"] is None else f"reward {row['reward']:+.3f}"
+                self.say(f"  {name:<7} {row['completion']!r} ({earned})")
 
     def say(self, line: str) -> None:
         """Print a line, once."""
