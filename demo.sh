@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline in minutes on two CPU cores: an embedded corpus, a teacher, a baseline, a distilled student, a
-# mixture-of-experts student, a table and figures.
+# mixture-of-experts student, a student that learns from rewards, a table and figures.
 #
 #   bash demo.sh [--seed N] [key=value ...]     keys of configs/demo/, e.g. training.steps=100 corpus.demo_words=50K
 #   bash demo.sh --install                      only make .venv and install requirements.txt
@@ -57,8 +57,9 @@ stage train_teacher.py --config configs/demo/teacher.yaml "${common[@]}"
 stage train_baseline.py --config configs/demo/baseline.yaml "${common[@]}"
 stage train_student.py --config configs/demo/student.yaml "${common[@]}" "distillation.teacher=$runs/teacher"
 stage train_moep_student.py --config configs/demo/moep.yaml "${common[@]}" "distillation.teacher=$runs/teacher"
-stage -m babylm.scoring "$runs/teacher" "$runs/baseline" "$runs/student" "$runs/moep" --ngram "$runs/5-gram" \
+stage ppo.py --config configs/demo/ppo.yaml "${common[@]}" "model.path=$runs/student" "rewards.0.teacher=$runs/teacher"
+stage -m babylm.scoring "$runs/teacher" "$runs/baseline" "$runs/student" "$runs/moep" "$runs/ppo" --ngram "$runs/5-gram" \
   --corpus "$data/corpus" --pairs "$data/corpus/pairs" --seq_len 64
-stage visual.py "$runs/5-gram" "$runs/teacher" "$runs/baseline" "$runs/student" "$runs/moep" --table --output "figures/demo$suffix"
+stage visual.py "$runs/5-gram" "$runs/teacher" "$runs/baseline" "$runs/student" "$runs/moep" "$runs/ppo" --table --output "figures/demo$suffix"
 echo
 echo "done in $((SECONDS - began)) s. Figures: figures/demo$suffix/ Next: README.md, \"A real run\""

@@ -28,10 +28,11 @@ def main() -> None:
 
     # ---- 3. Build the models ----------------------------------------------------------------------------------------
     policy = models.load_causal_lm(config.model.path).to(device)
-    reference = models.load_causal_lm(config.model.path).to(device)
+    reference = models.load_causal_lm(config.model.path).to(device).requires_grad_(False).eval()
 
     # ---- 4. Build the rewards ---------------------------------------------------------------------------------------
-    rewards = reward.build_rewards(config.rewards, inputs.tokenizer, reference, device, config.seed, folder.run / "judge")
+    longest = 1 + inputs.prompts.longest + config.generation.max_new_tokens
+    rewards = reward.build_rewards(config.rewards, inputs.tokenizer, reference, device, config.seed, folder.run / "judge", longest)
     run = rl_run.RLRun(config, folder, inputs, reference, rewards, device)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------

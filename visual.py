@@ -5,6 +5,7 @@ Reads   models/<name>/run/metrics.jsonl, finished.json and, where a model has be
 Writes  figures/<metric>.png and .svg (column width), overview.png and .svg (page width), and for scored models
         pairs.png/.svg (minimal pairs) and domains.png/.svg (perplexity per domain);
         experts-<name>.png/.svg (which experts each router chose, by domain) for mixture-of-experts students;
+        rewards.png/.svg (reward, KL from the reference, cross-entropy, length) for runs that learned from rewards, which are drawn apart;
         with --results: scores.png/.svg (a panel per evaluation set, scores over words seen), and a table of the final scores
 Run     python visual.py models/GPT2-Small-BabyLM-CE models/GPT2-Small-Distilled --x words --table
         python visual.py --results results/GPT2-Small-BabyLM-CE results/GPT2-Small-Distilled
@@ -39,6 +40,7 @@ from babylm.figures import (
 )
 
 DEFAULT = "ce,kl,perplexity,lr"
+REWARDS = ("reward", "kl", "ce", "completion_words")
 SHORT = {"bnc_spoken": "bnc", "childes": "child", "gutenberg": "gutb", "open_subtitles": "subt", "simple_wiki": "wiki",
          "switchboard": "swbd"}
 
@@ -52,7 +54,8 @@ def final_numbers(run) -> str:
         reached = [value for row in rows if not math.isnan(value := number(row.get(key)))]
         parts += [f"{si(max(reached)) if key == 'words' else f'{max(reached):.0f}'} {name}"] if reached else []
     for name, kind, metric in (("train CE", "train", "ce"), ("val CE", "validation", "ce"),
-                               ("val KL", "validation", "kl"), ("val perplexity", "validation", "perplexity")):
+                               ("val KL", "validation", "kl"), ("val perplexity", "validation", "perplexity"),
+                               ("reward", "validation", "reward")):
         if kind in (found := points(run, metric)):
             value = found[kind][1][-1]
             parts.append(f"{name} {value:.4g}" if math.isfinite(value) else f"{name} not finite")
@@ -182,8 +185,12 @@ def main(argv=None) -> int:
     metrics = list(dict.fromkeys([*named, *at_milestones]))
 
     # ------------------------------------------------------------ 3. draw
-    figures = {name: curve_figure(kept, [name], args.x, args.width, args.smooth, args.log_y) for name in metrics}
-    figures["overview"] = curve_figure(kept, DEFAULT.split(","), args.x, 6.8, args.smooth, args.log_y)
+    rewarded, others = ([run for run in kept if run.rewarded is kind] for kind in (True, False))
+    plain = others or kept  # their words are those they wrote, and their KL is from another model: not on one axis with the others
+    figures = {name: curve_figure(plain, [name], args.x, args.width, args.smooth, args.log_y) for name in metrics}
+    figures["overview"] = curve_figure(plain, DEFAULT.split(","), args.x, 6.8, args.smooth, args.log_y)
+    if rewarded:
+        figures["rewards"] = curve_figure(rewarded, REWARDS, args.x, 6.8, args.smooth, args.log_y)
     if any(scored(run, "pairs") for run in kept):
         figures |= {"pairs": pairs_plot(kept, args.width), "domains": domains_plot(kept, args.width)}
     figures |= {f"experts-{run.name}": figure for run in kept if (figure := experts_plot(run)) is not None}

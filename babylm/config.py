@@ -786,8 +786,7 @@ class RLDataSection(Section):
 
 
 class RLModelSection(Section):
-    path: str = key(..., "the student to start from, which is also the frozen reference: run folder, milestone, or hub name",
-                    identity=False, min_length=1)
+    path: str = key(..., "the student to start from, which is also the frozen reference: run folder, milestone, or hub name", min_length=1)
 
 
 class GenerationSection(Section):
@@ -801,7 +800,7 @@ class RLTrainingSection(OptimisationSection):
     steps: int | None = key(None, "optimizer batches; give exactly one of steps, words", ge=1)
     words: WordCount | None = key(None, "words generated to learn from (the step that reaches the budget is the last)")
     lr: float = key(1e-6, "peak learning rate", gt=0, le=10)
-    schedule: Literal["cosine", "linear", "constant"] = key("constant", "shape after the warm-up, over the budget; cosine and linear end at 0")
+    schedule: Literal["cosine", "linear", "constant"] = key("constant", "over the budget, after the warm-up; cosine and linear end at 0")
     warmup_steps: int = key(0, "steps of linear warm-up", ge=0)
     weight_decay: float = key(0.0, "AdamW, on matrices only (not on biases and norms)", ge=0)
     precision: Literal["fp32", "bf16"] = key("fp32", "autocast type of sampling, forward and backward; weights stay fp32")
@@ -852,13 +851,13 @@ class DPOSection(Section):
     beta: float = key(0.1, "how far preferences may move the policy from the reference", gt=0)
     prompts_per_round: int = key(128, "prompts sampled, two completions each, before each round of training", ge=1)
     epochs: int = key(1, "passes over the pairs of a round", ge=1)
-    reference: Literal["start", "round"] = key("start", "start: the model the run started from; round: the policy as it was before the round")
+    reference: Literal["start", "round"] = key("start", "start: the model the run began with; round: the policy before the round")
 
 
 class RLLoggingSection(Section):
     logging_steps: int = key(10, "steps between log lines", identity=False, ge=1)
     eval_steps: int = key(100, "steps between validations; there is one before the first step and one at the end", ge=1)
-    eval_prompts: int = key(64, "completions that every validation samples (not learned from, with the same noise each time) and scores", ge=0)
+    eval_prompts: int = key(64, "completions that a validation samples, always with the same noise, and scores; not learned from", ge=0)
     samples: int = key(4, "completions that every log line writes to run/samples.jsonl", identity=False, ge=0)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
 

@@ -30,7 +30,9 @@ UNTRAINED, CHANCE = {"linewidth": 0.9, "linestyle": (0, (4, 2))}, {"linewidth": 
 FLAG = {"linestyle": "", "marker": "v", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.7}
 LABELS = {"ce": "cross-entropy (nats/token)", "kl": "KL from teacher (nats/token)", "lr": "learning rate",
           "hidden": "distance of hidden states", "contrastive": "contrastive term (nats/token)",
-          "balance": "load-balancing loss (1 = even)", "router_entropy": "router entropy (nats)"}
+          "balance": "load-balancing loss (1 = even)", "router_entropy": "router entropy (nats)",
+          "reward": "reward", "completion_words": "words per completion", "entropy": "policy entropy (nats/token)"}
+REWARDED = {"kl": "KL from reference (nats/token)", "words seen": "words generated"}  # what these are called in stage 6
 X_AXES = {"steps": ("step", "optimizer steps"), "words": ("words", "words seen"), "time": ("seconds", "seconds")}
 RC = {**{key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}, "grid.linewidth": 0.5,
       "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5,
@@ -51,6 +53,11 @@ class Run:
     scores: dict | None = None
     finished: bool = False
     problems: list[str] = field(default_factory=list)     # for the user: what was missing, skipped or not finite
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether it learned from rewards (stage 6): its words are those it wrote."""
+        return any("reward" in row for row in self.train + self.evals)
 
     @property
     def label(self) -> str:
@@ -193,7 +200,9 @@ def curves(ax, runs, metric, x="words", window=1, log_y=False, names=True) -> se
             if place[0] - 0.02 * end <= where <= place[-1] + 0.02 * end:   # on the validation curve where it reaches
                 spots[index, name] = (where, float(np.interp(where, place, y)))
     ax.margins(y=0.09)
-    label = metric.replace("scores.", "score: ").replace("_", " ") if metric.startswith("scores.") else LABELS.get(metric, metric)
+    names_here = LABELS | REWARDED if any(run.rewarded for run in runs) else LABELS
+    x_label = names_here.get(x_label, x_label)
+    label = metric.replace("scores.", "score: ").replace("_", " ") if metric.startswith("scores.") else names_here.get(metric, metric)
     ax.set(xlabel=x_label, ylabel=label, xlim=(-0.02 * end, 1.04 * end), yscale=SCALES[log_y])
     train, validation = ([v for found in drawn if kind in found for v in found[kind][1] if v < 1e300] for kind in KINDS)
     low, high = min(train + validation, default=1), max(train + validation, default=1)

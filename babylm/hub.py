@@ -1,26 +1,40 @@
-"""The Hugging Face hub: downloading the published corpora, and the model card that every final model carries, with its word
-ledger: what text the model, its tokenizer, its base and its teachers have seen, and which tracks of the challenge that allows.
+"""The Hugging Face hub: downloading the published corpora, and publishing a finished run with its model card, its record and a
+revision for every milestone.
 
-    python -m babylm.hub models/GPT2-Small-Distilled      prints the ledger of a finished run, from run/finished.json
+    python -m babylm.hub models/A                          prints the word ledger of a finished run, from run/finished.json
+    python -m babylm.hub models/A --repo org/name --dry_run          lists what would be sent, with or without a network
+    python -m babylm.hub models/A --repo org/name --license mit      sends it: milestones by their words, main last
+    python -m babylm.hub models/A --repo org/name --space org/name-chat      and a Space that runs the chat with it
+
+Run again after an interruption, it sends what is missing or differs. What others put there is never overwritten, unless told so.
+A token with permission to write is taken from HF_TOKEN or `hf auth login`.
 """
 
 import argparse
-import contextlib
-import json
+import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-from babylm.config import DownloadSection, RLConfig, RunConfig, UserError
-from babylm.run_folder import RunFolder, read_finished, run_stage
-from custom_dataset import TextPart
+from babylm.config import DownloadSection, UserError
+from babylm.export import GGUF_TYPES, Export, Options, Revision, digest, export_run, size_of, space_files
+from babylm.ledger import ledger_text
+from babylm.run_folder import read_finished, run_stage, write_text
 
-TRACKS = {"strict-small": 10_000_000, "strict": 100_000_000}  # words of text, each text counted once
-EPOCHS = 10  # how often a text may be seen; over the whole limit, that is the limit of words seen
-LEDGER_KEYS = ("corpus_words", "corpus_sha256", "words_seen", "words_before_last_step", "tokenizer", "generated_words", "base", "teachers")
-BRINGS = {"tokenizer": "vocabulary brings", "base": "weights bring", "teacher": "distribution brings"}  # a helper's text into the budget
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+ATTEMPTS = 4  # of every request that a broken connection may have stopped, beside the client's own
+WAIT = 2.0  # seconds before the second attempt; doubled each time
+LOG_IN = "create a token that may write at https://huggingface.co/settings/tokens, then set HF_TOKEN or run: hf auth login"
+LOADED = (".safetensors", ".bin", "adapter_config.json", ".index.json")  # a left-over file of these kinds would change what is loaded
+
+Value = TypeVar("Value")
 
 
 def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
@@ -60,230 +74,359 @@ def download_corpus(section: DownloadSection, which: str, folder: Path) -> None:
         raise UserError(f"the hub dataset {where} holds no .train files: check download.* in the config")
 
 
-# ---- The word ledger ------------------------------------------------------------------------------------------------
+# ---- What the hub has ------------------------------------------------------------------------------------------------
 
 
-def word_ledger(config: RunConfig, tokenizer: str, fingerprint: str, teachers: list[str]) -> dict[str, Any]:
-    """What a run learns from, as finished.json will hold it: a record that can be judged without the folders it names.
-
-    Made before training, because a teacher's folder may be gone afterwards; the run adds its words_seen (repeats counted, to the
-    last step) and words_before_last_step.
-
-    Args:
-        tokenizer: its path or hub name, and its fingerprint.
-        teachers: paths of those whose distribution or states are learned from.
-    """
-    text = TextPart(config.data.corpus, "train")
-    return {"corpus_words": int(text.documents["words"].sum()), "corpus_sha256": text.sha256, "generated_words": 0,
-            "tokenizer": tokenizer_text(tokenizer, fingerprint), "base": _helper(config.model.path) if config.model.path else None,
-            "teachers": [_helper(path) for path in teachers]}
-
-
-def rl_ledger(config: RLConfig, fingerprint: str, reward_models: list[str]) -> dict[str, Any]:
-    """The ledger of a run of stage 6, which learns from what it writes itself: no text of a corpus, but generated words.
-
-    Args:
-        fingerprint: of the student's tokenizer.
-        reward_models: whose probabilities are rewards. They count as teachers: what they have read reaches the student through them.
-    """
-    return {"corpus_words": 0, "corpus_sha256": None, "words_seen": 0, "words_before_last_step": 0, "generated_words": 0,
-            "tokenizer": tokenizer_text(config.model.path, fingerprint), "base": _helper(config.model.path),
-            "teachers": [_helper(path) for path in reward_models]}
-
-
-def tokenizer_text(path: str, fingerprint: str) -> dict[str, Any]:
-    """{"source", "words", "sha256"} of the text that a tokenizer was trained on; words and sha256 are None where no record says.
-
-    A corpus folder's manifest says whether its tokenizer was trained there or where it came from, and so does a run's ledger.
-    A record of a tokenizer with another fingerprint is not believed: the folder has been written anew since.
-    """
-    followed: set[str] = set()
-    while path not in followed:
-        followed.add(path)
-        manifest = _values(Path(path).parent / "manifest.json") if Path(path).name == "tokenizer" else {}
-        entry, run = manifest.get("tokenizer", {}), _run_of(path)
-        if entry.get("fingerprint") == fingerprint:
-            if entry["trained_on_words"]:
-                return {"source": path, "words": entry["trained_on_words"], "sha256": manifest["parts"]["train"]["sha256"]}
-            path = entry["source"]
-        elif run and _values(run / "run" / "identity.json").get("fingerprint.tokenizer") == fingerprint:
-            return (_helper(path)["ledger"] or {}).get("tokenizer", {"source": path, "words": None, "sha256": None})
-    return {"source": path, "words": None, "sha256": None}
-
-
-def _values(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _run_of(path: str) -> Path | None:
-    """The finished run that a model folder belongs to: itself, or what holds it where it is a milestone; None for checkpoints without
-    a record and for hub names."""
-    folder = Path(path)
-    return next((root for root in (folder, folder.parent if folder.name.startswith("chck_") else folder) if read_finished(root)), None)
-
-
-def _helper(path: str) -> dict[str, Any]:
-    """A base or teacher and its ledger; None without a record. A milestone has seen what its run had by then."""
-    root = _run_of(path)
-    ledger = read_finished(root).get("ledger") if root else None
-    if ledger and root != Path(path):
-        rows = [row for row in json_lines(root / "run" / "metrics.jsonl") if row.get("kind") == "milestone" and row["name"] == Path(path).name]
-        counted = ["generated_words"] if ledger.get("generated_words") else ["words_seen", "words_before_last_step"]  # stage 6 reads none
-        ledger |= {name: rows[-1]["words"] for name in counted} if rows else {}
-    return {"path": path, "ledger": ledger}
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file like metrics.jsonl; a line that a killed run left half written is passed over."""
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():  # a sentence may hold other line ends
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
-
-
-@dataclass(frozen=True)
-class Account:
-    """A text that the model, or a helper of it, was trained on.
+@dataclass
+class Comparison:
+    """A revision against what the hub has of it.
 
     Attributes:
-        what: whose text it is.
-        role: this model, base, teacher, tokenizer, generated.
-        words: of the text, None where it is unknown; sha256: of its content, by which equal texts are counted once.
-        seen, before: words of it that the model's own weights have seen, to the last step and to the one before, repeats counted.
-        missing: what a record ought to say and does not.
+        exists: whether the branch is there.
+        same, missing, differing: names of ours; `extra`: files there that are not ours.
+        ours: whether the newest commit there was made for this run by this program (or holds nothing yet).
     """
 
-    what: str
-    role: str
-    words: int | None = None
-    sha256: str | None = None
-    seen: int = 0
-    before: int = 0
-    missing: str = ""
+    exists: bool
+    same: list[str]
+    missing: list[str]
+    differing: list[str]
+    extra: list[str]
+    ours: bool
+
+    @property
+    def in_the_way(self) -> list[str]:
+        """Files that would be replaced, or that would be loaded instead of ours."""
+        return [*self.differing, *(name for name in self.extra if name.endswith(LOADED))]
+
+    @property
+    def done(self) -> bool:
+        return self.exists and not self.missing and not self.in_the_way
 
 
-def accounts(ledger: dict[str, Any], what: str = "this model", role: str = "this model", own: bool = True) -> list[Account]:
-    """All texts of a ledger, those of its base and teachers included, and of theirs.
+class Repository:
+    """A repository on the hub, as far as it is needed here.
 
     Args:
-        own: whether what was seen shaped the weights of the model itself: of a base it did, of a teacher it did not.
+        api: a client with the token.
+        repo: org/name; kind: model or space.
+        run_id: stands in the title of every commit, so that the next call knows its own.
     """
-    if absent := [key for key in LEDGER_KEYS if key not in ledger]:
-        return [Account(what, role, missing=f"its record does not say {', '.join(absent)} (an older version wrote it): train it again")]
-    # Only the run itself may end with the step that reaches a limit: what its base had seen, it had seen before.
-    last = ledger["words_before_last_step"] if role == "this model" else ledger["words_seen"]
-    seen, before = (ledger["words_seen"], last) if own else (0, 0)
-    # Learning from rewards reads no text.
-    rows = [Account(f"{what}: corpus", role, ledger["corpus_words"], ledger["corpus_sha256"], seen, before)] if ledger["corpus_words"] else []
-    tokenizer, generated = ledger["tokenizer"], ledger["generated_words"]
-    rows.append(Account(f"{what}: tokenizer {tokenizer['source']}", "tokenizer", tokenizer["words"], tokenizer["sha256"]))
-    if generated:
-        rows.append(Account(f"{what}: generated", "generated", generated, None, *(generated, generated) if own else (0, 0)))
-    for kind, helper in [*([("base", ledger["base"])] if ledger["base"] else []), *(("teacher", one) for one in ledger["teachers"])]:
-        name = f"{kind} {helper['path']}" + (f" of {what}" if what != "this model" else "")
-        rows += accounts(helper["ledger"], name, kind, own and kind == "base") if helper["ledger"] is not None else [Account(name, kind)]
-    return rows
+
+    def __init__(self, api: "HfApi", repo: str, kind: str, run_id: str):
+        self.api, self.repo, self.kind, self.run_id = api, repo, kind, run_id
+        self.branches: dict[str, str] | None = None  # name -> commit; None where there is no repository
+        self.private: bool | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{self.api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo}"
+
+    def look(self) -> None:
+        """Ask which branches there are."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            refs = self.api.list_repo_refs(self.repo, repo_type=self.kind)
+            self.branches = {ref.name: ref.target_commit for ref in refs.branches}
+            self.private = self.api.repo_info(self.repo, repo_type=self.kind).private
+        except RepositoryNotFoundError:
+            self.branches = None
+
+    def create(self, private: bool) -> None:
+        sdk = {"space_sdk": "gradio"} if self.kind == "space" else {}
+        self.api.create_repo(self.repo, repo_type=self.kind, private=private, exist_ok=True, **sdk)
+        self.look()
+
+    def compare(self, revision: Revision) -> Comparison:
+        """A revision's files against the hub's, by the hashes of their content."""
+        if self.branches is None or revision.name not in self.branches:
+            return Comparison(False, [], list(revision.files), [], [], True)
+        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision.name, repo_type=self.kind)
+        there = {entry.path: entry for entry in tree if hasattr(entry, "blob_id") and entry.path != ".gitattributes"}
+        found = Comparison(True, [], [], [], [name for name in there if name not in revision.files], True)
+        for name, file in revision.files.items():
+            entry = there.get(name)
+            if entry is None:
+                found.missing.append(name)
+            else:
+                known = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                (found.same if digest(file, git=not entry.lfs) == known else found.differing).append(name)
+        if there and (found.in_the_way or found.missing):
+            newest = self.api.list_repo_commits(self.repo, revision=revision.name, repo_type=self.kind)[0]
+            found.ours = newest.title.endswith(self._mark)
+        return found
+
+    @property
+    def _mark(self) -> str:
+        return f"(run {self.run_id})"
+
+    def send(self, revision: Revision, state: Comparison, overwrite: bool) -> int:
+        """One commit that makes the branch what it should be; returns the number of files sent.
+
+        A new branch begins at the repository's first commit, where nothing but .gitattributes is: from main, it would inherit
+        main's files.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        if not state.exists:
+            first = self.api.list_repo_commits(self.repo, revision="main", repo_type=self.kind)[-1].commit_id
+            self.api.create_branch(self.repo, branch=revision.name, revision=first, repo_type=self.kind, exist_ok=True)
+            self.look()
+            state = self.compare(revision)
+        changed = [*state.missing, *state.differing]
+        gone = [name for name in state.extra if overwrite or name.endswith(LOADED)]
+        if not (changed or gone):
+            return 0
+        files = {name: revision.files[name] for name in changed}
+        additions = [CommitOperationAdd(name, file if isinstance(file, bytes) else str(file)) for name, file in files.items()]
+        self.api.create_commit(self.repo, [*additions, *map(CommitOperationDelete, gone)], revision=revision.name, repo_type=self.kind,
+                               commit_message=f"{revision.name} {self._mark}")
+        self.look()
+        return len(changed)
 
 
-def text_in_all(rows: list[Account]) -> int:
-    """Words of all texts that are known, those of equal content counted once. Texts that only overlap count in full, each."""
-    return sum({row.sha256 or row.what: row.words for row in rows if row.words is not None}.values())
+# ---- Errors --------------------------------------------------------------------------------------------------------------
 
 
-def verdict(rows: list[Account]) -> tuple[str, dict[str, list[str]]]:
-    """(verdict, {track: why not}): legal for strict-small, legal for strict, research only, or unknown where a record says too little.
+@contextmanager
+def explained(doing: str, api: "HfApi") -> Iterator[None]:
+    """Turn what the hub's client raises into an error that says what happened and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    The step that reaches a limit of words seen is the last one allowed: a run ends with a whole batch.
+    try:
+        yield
+    except UserError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # the upload of a large file
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            status, said = cause.response.status_code, cause.server_message or str(cause).splitlines()[0]
+            advice = {401: f"the token is not valid: {LOG_IN}",
+                      403: "this token may not do that: give it permission to write, or take a name of your own account or organisation",
+                      404: "no such repository, or this token may not see it: check --repo and the token",
+                      409: "something else changed it at the same time: run the same command again",
+                      412: "something else changed it at the same time: run the same command again"}.get(
+                          status, "run the same command again later: what has arrived is not sent again" if status >= 500 or status == 429
+                          else "the hub refuses it as it is")
+            raise UserError(f"{doing}: {advice} (the hub answered {status}: {said})") from error
+        if isinstance(cause, HTTPError | OSError):
+            raise UserError(f"{doing}: no network, or {api.endpoint} did not answer ({type(cause).__name__}: {cause}). What has arrived is "
+                            "kept: run the same command again") from error
+        if isinstance(cause, ValueError):  # the card's metadata, checked by the hub before anything is sent
+            raise UserError(f"{doing}: the hub refuses it: {cause}. Check --license and --dataset") from error
+        raise
+
+
+def with_retries(work: Callable[[], Value], say: Callable[[str], None] = print) -> Value:
+    """`work` again, a few times, while the network or the hub fails; anything else is raised at once."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return work()
+        except (HTTPError, OSError, RuntimeError) as error:
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            answered = isinstance(cause, HfHubHTTPError) and cause.response is not None
+            passing = cause.response.status_code >= 500 or cause.response.status_code == 429 if answered else isinstance(
+                cause, HTTPError | OSError)
+            if not passing or attempt == ATTEMPTS:
+                raise
+            wait = WAIT * 2 ** (attempt - 1)
+            say(f"  {type(cause).__name__}: trying again in {wait:g} s ({attempt} of {ATTEMPTS - 1})")
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+# ---- Publishing ------------------------------------------------------------------------------------------------------------
+
+
+def publish(export: Export, options: Options, api: "HfApi", private: bool = False, overwrite: bool = False,
+            space: str | None = None) -> None:
+    """Send every revision that the hub does not have yet, main last, and a Space if one is asked for.
+
+    Raises:
+        UserError: no valid token, no permission, no network, or a revision that holds something else and that this run did not
+            make. All of these are found before anything is sent, as far as the hub says so.
     """
-    texts: dict[str, list[Account]] = {}
-    for row in rows:
-        if row.words is not None and row.seen:
-            texts.setdefault(row.sha256 or row.what, []).append(row)
-    outside = [f"{row.what}: its training text is unknown, and its {BRINGS[row.role]} it into the budget"
-               for row in rows if row.words is None and not row.missing]
-    repeats = [f"{same[0].what}: {sum(row.seen for row in same):,} words seen of a text of {same[0].words:,}, more than {EPOCHS} epochs"
-               for same in texts.values() if same[0].role != "generated" and sum(row.before for row in same) >= EPOCHS * same[0].words]
-    missing = [f"{row.what}: {row.missing}" for row in rows if row.missing]
-    reasons, open_ = {}, []
-    for track, limit in TRACKS.items():
-        against = [*outside, *repeats]
-        if (total := text_in_all(rows)) > limit:
-            count = len({row.sha256 or row.what for row in rows if row.words is not None})
-            in_full = f" ({count} different texts, each in full, even where they overlap)" if count > 1 else ""
-            against.append(f"{total:,} words of text in all{in_full}, above {limit:,}")
-        if sum(row.before for row in rows) >= EPOCHS * limit:
-            against.append(f"{sum(row.seen for row in rows):,} words seen, above {EPOCHS * limit:,}")
-        open_ += [track] if missing and not against else []
-        reasons[track] = against or missing
-    legal = [track for track in TRACKS if not reasons[track]]
-    return f"legal for {legal[0]}" if legal else "unknown" if open_ else "research only", reasons
+    with explained("logging in", api):
+        user = api.whoami()["name"]
+    repositories = [(Repository(api, options.repo, "model", export.run_id), export.revisions)]
+    if space:
+        files = space_files(options.repo, space, options.licence)
+        repositories.append((Repository(api, space, "space", export.run_id), [Revision("main", dict(files))]))
+    for repository, revisions in repositories:
+        with explained(f"looking at {repository.url}", api):
+            with_retries(repository.look)
+            require_ours(repository, revisions, overwrite)
+        if private and repository.private is False:
+            raise UserError(f"{repository.url} is there already and is public: --private cannot hide it. Change it in its settings, or "
+                            "choose another name")
+    for repository, revisions in repositories:
+        if repository.branches is None:
+            with explained(f"creating {repository.url} as {user}", api):
+                with_retries(lambda repository=repository: repository.create(private))
+            print(f"created {repository.url}{' (private)' if private else ''}", flush=True)
+        sent = 0
+        for revision in revisions:
+            with explained(f"sending {revision.name} to {repository.url}", api):
+                count = with_retries(lambda revision=revision, repository=repository: send(repository, revision, overwrite))
+            sent += bool(count)
+            print(f"  {revision.name}: " + (f"{count} file{'s' if count > 1 else ''} sent" if count else "is there already"), flush=True)
+        print(f"published {repository.url}: {sent} of {len(revisions)} revision{'s' if len(revisions) > 1 else ''} sent now", flush=True)
 
 
-def ledger_text(ledger: dict[str, Any]) -> str:
-    """The ledger as a table, the verdict, and its reasons, in Markdown."""
-    rows = accounts(ledger)
-    lines = ["| text | words | seen by the model, repeats counted | content |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row.what} | {'unknown' if row.words is None else f'{row.words:,}'} | {f'{row.seen:,}' if row.seen else '-'} "
-                     f"| {row.sha256[:8] if row.sha256 else '-'} |")
-    unknown = any(row.words is None for row in rows)
-    lines.append(f"| **in all, equal content counted once** | {'at least ' if unknown else ''}{text_in_all(rows):,} "
-                 f"| {sum(row.seen for row in rows):,} | |")
-    decision, reasons = verdict(rows)
-    lines += ["", f"Verdict: **{decision}** (limits: " + ", ".join(f"{track} {limit:,} words of text" for track, limit in TRACKS.items()) +
-              f"; each text seen at most {EPOCHS} times).", ""]
-    lines += [f"- not shown to be legal for {track}: {reason}" for track, against in reasons.items() for reason in against]
-    return "\n".join(lines).rstrip()
+def send(repository: Repository, revision: Revision, overwrite: bool) -> int:
+    """Compare anew, then send the rest: after a broken connection nobody knows whether the last commit was taken."""
+    state = repository.compare(revision)
+    return 0 if state.done and not (overwrite and state.extra) else repository.send(revision, state, overwrite)
 
 
-def model_card(config: RunConfig, folder: RunFolder, result: dict[str, Any], own_code: bool = False) -> str:
-    """The README.md of a final model: what it is, what it has seen, how it scores, how to load it (`own_code`: with code inside)."""
-    trust = ", trust_remote_code=True" if own_code else ""
-    domains = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["ce_by_domain"].items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [babylm]
----
+def require_ours(repository: Repository, revisions: list[Revision], overwrite: bool) -> None:
+    """UserError if a revision holds other content than ours that this run did not put there."""
+    if overwrite or repository.branches is None:
+        return
+    for revision in revisions:
+        state = repository.compare(revision)
+        if state.in_the_way and not state.ours:
+            some = ", ".join(state.in_the_way[:3]) + (" and others" if len(state.in_the_way) > 3 else "")
+            raise UserError(f"{repository.url}, revision {revision.name}: there with other content: {some}; and its newest commit is not "
+                            "of this run. Choose another name, or --overwrite to replace what is there")
 
-# {config.name}
 
-Trained by `{folder.stage}` (seed {config.seed}): {result["parameters"]:,} parameters, {result["words_seen"]:,} words seen
-(repeats counted), weights of step {result["weights_from_step"]:,} of {result["steps"]:,}.
+def describe(export: Export, options: Options, api: "HfApi | None", private: bool, space: str | None) -> None:
+    """Print what `publish` would do. Asks the hub what is there, where `api` is given and the network is; sends nothing."""
+    from huggingface_hub.errors import HTTPError
 
-Validation cross-entropy {result["ce"]:.4f} nats per token, perplexity {result["perplexity"]:.2f}.
+    repositories: list[tuple[str, str, list[Revision]]] = [("model", options.repo, export.revisions)]
+    if space:
+        repositories.append(("space", space, [Revision("main", dict(space_files(options.repo, space, options.licence)))]))
+    print("dry run: nothing is sent")
+    for kind, name, revisions in repositories:
+        repository = Repository(api, name, kind, export.run_id) if api else None
+        states: dict[str, Comparison] = {}
+        try:
+            if repository is None:
+                known = "what the hub has was not asked"
+            else:
+                repository.look()
+                states = {revision.name: repository.compare(revision) for revision in revisions}
+                known = ("would be created" if repository.branches is None else "is there"
+                         + {True: ", private", False: ", public", None: ""}[repository.private])
+        except (HTTPError, OSError) as error:
+            repository, known = None, f"what the hub has is unknown ({type(error).__name__}: no network, or it did not answer)"
+        print(f"\n{kind} {name}{' (--private)' if private else ''}: {known}")
+        for revision in revisions:
+            state, total = states.get(revision.name), sum(map(size_of, revision.files.values()))
+            does = "" if state is None else ("new" if not state.exists else "is there already" if state.done else
+                                             f"{len(state.missing)} missing, {len(state.differing)} with other content"
+                                             + ("" if state.ours else ", NOT of this run: refused without --overwrite"))
+            print(f"  revision {revision.name}: {len(revision.files)} files, {_bytes(total)}{f' - {does}' if does else ''}")
+            for file, content in revision.files.items():
+                print(f"    {file}  {_bytes(size_of(content))}")
+            for file in export.pending if kind == "model" and revision.name == "main" else ():
+                print(f"    {file}  is made when it is sent")
+    print("".join(f"\nnote: {note}" for note in export.notes))
 
-| domain | CE (nats per token) |
-|---|---|
-{domains}
 
-## Word ledger
+def _bytes(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
-{ledger_text(result["ledger"])}
 
-The record that this follows from is `ledger` in `run/finished.json`.
+def write_space(folder: Path, repo: str, space: str, licence: str | None) -> None:
+    """Write the Space's files into a new folder. UserError if something is there."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--space_dir {folder} is not empty: choose another folder")
+    files = space_files(repo, space, licence)
+    for name, content in files.items():
+        write_text(folder / name, content.decode("utf-8"))
+    print(f"wrote {len(files)} files into {folder}: pip install -r requirements.txt && python app.py, there")
 
-## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+# ---- The command -------------------------------------------------------------------------------------------------------
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{config.name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("path/to/{config.name}"{trust})  # prepends the start token by itself
-```
 
-The exact configuration is in `run/config.yaml`, the versions, the commit and the command in `run/record.json`.
-"""
+def print_ledger(run: Path) -> None:
+    """The word ledger of a finished run. UserError if it is none."""
+    finished = read_finished(run)
+    if finished is None or "ledger" not in finished:
+        raise UserError(f"{run} is no finished run (no run/finished.json with a ledger): finish it by the command that its "
+                        "run/record.json names")
+    print(f"{run}\n\n{ledger_text(finished['ledger'])}\n")
+
+
+def require_repo_name(name: str, option: str) -> None:
+    """UserError unless a name can be one of the hub's."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("it needs the form org/name")
+    except HFValidationError as error:
+        raise UserError(f"{option} {name}: {error}") from error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="models/NAME", help="finished runs")
-    for run in parser.parse_args().runs:
-        finished = read_finished(Path(run))
-        if finished is None or "ledger" not in finished:
-            raise UserError(f"{run} is no finished run (no run/finished.json with a ledger): finish it by the command that its "
-                            "run/record.json names")
-        print(f"{run}\n\n{ledger_text(finished['ledger'])}\n")
+    parser.add_argument("runs", nargs="+", metavar="models/NAME", help="finished runs; one, where --repo is given")
+    parser.add_argument("--repo", metavar="ORG/NAME", help="publish the run as this repository of the hub")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there, whoever put it there")
+    parser.add_argument("--license", dest="licence", help="licence of the weights, by the hub's name for it (mit, apache-2.0, other ...)")
+    parser.add_argument("--dataset", action="append", default=[], metavar="ORG/NAME", help="hub dataset of the text, for the metadata")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where eval.zero_shot wrote its scores (default: results)")
+    parser.add_argument("--keep_adapter", action="store_true", help="send an unmerged adapter as it is (its base must be on the hub)")
+    parser.add_argument("--gguf", choices=GGUF_TYPES, help="also send a GGUF file, made by llama.cpp's converter (Llama and GPT-2)")
+    parser.add_argument("--llama_cpp", type=Path, metavar="DIR", help="a clone of llama.cpp, for --gguf")
+    parser.add_argument("--space", metavar="ORG/NAME", help="also create a Space that runs the chat with this model")
+    parser.add_argument("--space_dir", type=Path, metavar="DIR", help="only write the Space's files into this folder")
+    args = parser.parse_args()
+    runs = [Path(run) for run in args.runs]
+    if not args.repo:
+        given = [action.option_strings[0] for action in parser._actions if action.dest not in ("help", "runs", "repo")
+                 and getattr(args, action.dest) != action.default]
+        if given:
+            raise UserError(f"{', '.join(given)}: only with --repo org/name; without it, the word ledger is printed")
+        for run in runs:
+            print_ledger(run)
+        return
+    if len(runs) != 1:
+        raise UserError(f"--repo takes one run: {', '.join(args.runs)} were given")
+    require_repo_name(args.repo, "--repo")
+    if args.space:
+        require_repo_name(args.space, "--space")
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars
+
+    token = get_token()
+    if not (token or args.dry_run or args.space_dir):
+        raise UserError(f"no token of the Hugging Face hub was found: {LOG_IN}")
+    if args.space_dir:
+        write_space(args.space_dir, args.repo, args.space or f"{args.repo}-chat", args.licence)
+        return
+    if not os.isatty(2):
+        disable_progress_bars()  # a log file is no place for moving bars
+    options = Options(args.repo, args.licence, tuple(args.dataset), args.results, args.keep_adapter, args.gguf, args.llama_cpp)
+    work = Path(tempfile.mkdtemp(prefix="babylm-hub-"))
+    try:
+        export = export_run(runs[0], options, work, args.dry_run)
+        api = HfApi(token=token or False)
+        if args.dry_run:
+            describe(export, options, api, args.private, args.space)
+            if not token:
+                print(f"note: no token was found; before publishing, {LOG_IN}")
+        else:
+            for note in export.notes:
+                print(f"note: {note}", flush=True)
+            publish(export, options, api, args.private, args.overwrite, args.space)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -324,16 +324,8 @@ def build_adapted_model(section: ModelSection, lora: LoraSection, training: Trai
     require_same_vocabulary(section.path, tokenizer, "pretrained model")
     torch.manual_seed(seed)
     if lora.mode == "qlora":
-        compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
-        quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                       bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
-        base = load_causal_lm(section.path, quantization_config=quantisation)
-        for module in base.modules():
-            # In eval mode on some CPUs (AVX512-BF16), bitsandbytes repacks 4-bit weights for an inference-only kernel: the next
-            # training step would have no gradient through them, and merging would misread them.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=training.gradient_checkpointing)
+        base = prepare_model_for_kbit_training(_load_in_4_bits(section.path, training.precision),
+                                               use_gradient_checkpointing=training.gradient_checkpointing)
     else:
         base = load_causal_lm(section.path)
     names = {name.split(".")[-1] for name, _ in base.named_modules()}
@@ -342,6 +334,37 @@ def build_adapted_model(section: ModelSection, lora: LoraSection, training: Trai
     settings = LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
                           target_modules=lora.targets or "all-linear", modules_to_save=lora.modules_to_save or None)
     return get_peft_model(base, settings)
+
+
+def _load_in_4_bits(path: str, precision: str) -> PreTrainedModel:
+    """A base in NF4, as QLoRA has it, that computes in `precision`."""
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    quantisation = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    base = load_causal_lm(path, quantization_config=quantisation)
+    for module in base.modules():
+        # In eval mode on some CPUs (AVX512-BF16), bitsandbytes repacks 4-bit weights for an inference-only kernel: the next
+        # training step would have no gradient through them, and merging would misread them.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def load_adapted_model(path: Path, mode: str, precision: str) -> "PeftModel":
+    """Base and adapter as they were trained together, from the folder of an unmerged adapter: what `merge_adapters` takes.
+
+    Args:
+        mode: lora.mode of its run; an adapter of qlora was trained on the base's 4-bit weights, and fits no others.
+        precision: training.precision of its run.
+
+    Raises:
+        UserError: the packages or the base are missing.
+    """
+    require_adapter_packages(mode)
+    from peft import PeftModel
+
+    base = _adapter_settings(str(path))["base_model_name_or_path"]
+    return PeftModel.from_pretrained(_load_in_4_bits(base, precision) if mode == "qlora" else load_causal_lm(base), str(path)).eval()
 
 
 @torch.no_grad()

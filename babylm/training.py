@@ -24,9 +24,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from babylm import hub, models, scoring
+from babylm import models, scoring
 from babylm.config import RunConfig, UserError, milestone_name
 from babylm.distillation import Distiller, trainable_parameters
+from babylm.ledger import word_ledger
+from babylm.model_card import model_card
 from babylm.run_folder import (
     Preempted,
     RunFolder,
@@ -276,8 +278,8 @@ class DistillTrainer(Trainer):
                  accumulation: int, stop: StopRequest, sets: Sequence[tuple[Any, Path]] = ()):
         self.config, self.folder, self.data, self.stop, self.sets = config, folder, data, stop, sets
         self.distiller = distiller
-        self.ledger = hub.word_ledger(config, tokenizer_path(config), tokenizer_fingerprint(data.tokenizer),
-                                      [teacher.entry.path for teacher in distiller.teachers])
+        self.ledger = word_ledger(config, tokenizer_path(config), tokenizer_fingerprint(data.tokenizer),
+                                  [teacher.entry.path for teacher in distiller.teachers])
         self.stopped_by = ""
         self.progress = Progress()
         self._meter: dict[str, torch.Tensor] = {}
@@ -541,8 +543,7 @@ class DistillTrainer(Trainer):
                             shutil.copyfile(file, target / file.name)
                 else:
                     self._check_saved(self._export(target), target)
-                card = hub.model_card(self.config, self.folder, result, own_code=any(target.glob("modeling_*.py")))
-                (target / "README.md").write_text(card, encoding="utf-8")
+                (target / "README.md").write_text(model_card(self.folder.root, result, model=target), encoding="utf-8")
 
             self.folder.install_final(write)
             self.folder.finish(result)

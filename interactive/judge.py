@@ -272,6 +272,10 @@ class _Temporary(Exception):
         self.wait = wait
 
 
+class _Stopped(Exception):
+    """A request was not sent, because another one has failed for good."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None  # urllib would send the key along to whatever address the server names
@@ -302,10 +306,16 @@ class ServerJudge:
         try:
             texts = ["".join(text for text, _ in question) for question in questions]
             running = {pool.submit(self.ask, text, attempt, seed + number, stop): number for number, text in enumerate(texts)}
-            for done in as_completed(running):
-                yield running[done], done.result()
+            failures = []
+            for done in as_completed(running):  # when one fails for good, what others have got by then is still handed out
+                if done.exception():
+                    failures.append(done.exception())
+                else:
+                    yield running[done], done.result()
+            if failures:
+                raise next(error for error in failures if not isinstance(error, _Stopped))
         finally:
-            stop.set()  # one has failed for good, or the run was told to stop: the others do not wait for their next attempt
+            stop.set()  # the run was told to stop: nobody waits for a next attempt
             pool.shutdown(cancel_futures=True)
 
     def ask(self, question: str, attempt: int, seed: int, stop: threading.Event) -> str:
@@ -313,16 +323,23 @@ class ServerJudge:
         body = {"model": self.entry.model, "messages": [{"role": "user", "content": question}], "max_tokens": self.entry.max_new_tokens,
                 "temperature": self.entry.temperature if attempt else 0.0, "seed": seed % 2**31}
         data = json.dumps(body).encode()
-        for number in range(1, self.entry.attempts + 1):
-            try:
-                return self._send(data)
-            except _Temporary as error:
-                failure = error
-            pause = min(LONGEST_WAIT, max(failure.wait, self.entry.backoff * 2 ** (number - 1)))
-            if number == self.entry.attempts or stop.wait(pause):
-                break
-        raise UserError(f"{self.where}: the judge at {self.url} gave no answer in {number} attempt(s), the last time: {failure}. Start the "
-                        "server (or mend `server`, `timeout`) and run the same command again: grades it gave so far are kept")
+        if stop.is_set():
+            raise _Stopped
+        number = 0
+        try:
+            while number < self.entry.attempts and not (number and stop.is_set()):
+                number += 1
+                try:
+                    return self._send(data)
+                except _Temporary as error:
+                    failure, asked = str(error), error.wait
+                if number < self.entry.attempts:
+                    stop.wait(min(LONGEST_WAIT, max(asked, self.entry.backoff * 2 ** (number - 1))))
+            raise UserError(f"{self.where}: the judge at {self.url} gave no answer in {number} attempt(s): {failure}. Start the server (or "
+                            "mend `server`, `timeout`) and run the same command again: grades it gave so far are kept")
+        except UserError:
+            stop.set()
+            raise
 
     def _send(self, data: bytes) -> str:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})

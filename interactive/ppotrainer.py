@@ -112,15 +112,15 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)  # every value starts at 0: the first advantages are the returns themselves
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(log-probabilities, entropies, values) of the completions' tokens, each [N], row after row; nats, nats, reward."""
+    def forward(self, batch: Batch, temperature: float, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(log-probabilities in nats, values, entropies in nats or None) of the completions' tokens, each [N], row after row."""
         body, head = self.halves
         states = completion_states(body, batch)
         logits = head(states).float() / temperature
-        logprobs = token_logprobs(logits, batch.targets[batch.mask], 1.0)
-        entropy = torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1)
+        logprobs = token_logprobs(logits, batch.targets[batch.mask])
+        entropies = torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1) if entropy else None
         value_states = states if self.value_body is None else completion_states(self.value_body, batch)
-        return logprobs, entropy, self.value_head(value_states).squeeze(-1).float()
+        return logprobs, self.value_head(value_states).squeeze(-1).float(), entropies
 
 
 def optimizer_groups(policy: PolicyWithValue, config: RLConfig) -> list[dict]:
@@ -197,12 +197,12 @@ class PPOTrainer:
             for start in range(0, len(samples), self.micro):
                 part = samples[start:start + self.micro]
                 batch = collate(part, self.run.device)
-                found = self.policy(batch, config.generation.temperature)
+                logprobs, values, entropies = self.policy(batch, config.generation.temperature)
                 reference = completion_logprobs(self.reference, part, temperature=config.generation.temperature)
                 lengths = batch.mask.sum(1).tolist()
-                for sample, logprobs, value, theirs in zip(part, found[0].cpu().split(lengths), found[2].cpu().split(lengths), reference,
-                                                           strict=True):
-                    sample.logprobs, sample.values, sample.reference_logprobs = logprobs, value, theirs
+                columns = [values.cpu().split(lengths) for values in (logprobs, values, entropies)]
+                for sample, *found in zip(part, *columns, reference, strict=True):
+                    sample.logprobs, sample.values, sample.entropies, sample.reference_logprobs = found
         return self.run.gather(rows, samples)
 
     # -- learning
@@ -225,17 +225,19 @@ class PPOTrainer:
     def losses(self, outputs: tuple[torch.Tensor, ...], mask: torch.Tensor, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sums over the tokens of a micro-batch: `loss`, which is differentiated, and what is logged."""
         ppo = self.config.ppo
-        logprobs, entropy, values = outputs
+        logprobs, values, entropy = outputs
         old, reference, old_values, returns, advantage = (targets[name][mask] for name in
                                                           ("old", "reference", "values", "returns", "advantage"))
         policy, clipped = policy_loss(logprobs, old, advantage, ppo.clip)
         value = value_loss(values, old_values, returns, ppo.value_clip)
-        loss = policy + ppo.value_coefficient * value - ppo.entropy_coefficient * entropy
+        loss = policy + ppo.value_coefficient * value
+        if ppo.entropy_coefficient:
+            loss = loss - ppo.entropy_coefficient * entropy
         if ppo.kl.where == "loss" and self.coefficient:
             loss = loss + self.coefficient * kl_loss(logprobs, old, reference)
         ratio = logprobs.detach() - old
         return {"loss": loss.sum(), "policy_loss": policy.detach().sum(), "value_loss": value.detach().sum(),
-                "entropy": entropy.detach().sum(), "clipped": clipped.sum().float(), "update_kl": (ratio.exp() - 1 - ratio).sum()}
+                "clipped": clipped.sum().float(), "update_kl": (ratio.exp() - 1 - ratio).sum()}
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """All optimizer steps of one batch; returns what the log line shows: means over tokens (and over the optimizer steps)."""
@@ -259,8 +261,9 @@ class PPOTrainer:
         kl = (targets["old"] - targets["reference"]).sum() / batch.mask.sum()
         variance = targets["returns"][batch.mask].var(unbiased=False).clamp(min=1e-12)
         explained = 1 - (targets["returns"] - targets["values"])[batch.mask].var(unbiased=False) / variance
-        terms = {"kl": float(kl), "kl_coefficient": self.coefficient, **{name: value / updates for name, value in sums.items()},
-                 "explained_variance": float(explained), "lr": lr * config.training.lr}
+        entropy = torch.cat([sample.entropies for sample in samples]).mean()
+        terms = {"kl": float(kl), "entropy": float(entropy), "kl_coefficient": self.coefficient, "explained_variance": float(explained),
+                 "lr": lr * config.training.lr, **{name: value / updates for name, value in sums.items()}}
         self.coefficient = adapted(self.coefficient, float(kl), len(samples), config.ppo.kl)
         return terms
 
@@ -281,7 +284,7 @@ class PPOTrainer:
             last = number == most - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
                 with self.accelerator.autocast():
-                    outputs = self.parallel(part, self.config.generation.temperature)
+                    outputs = self.parallel(part, self.config.generation.temperature, bool(self.config.ppo.entropy_coefficient))
                 found = self.losses(outputs, part.mask, held)
                 # The mean over the minibatch's tokens, whoever holds them: gradients are averaged over processes.
                 share = processes / tokens if counts else 0.0

@@ -19,9 +19,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from babylm import hub, models, scoring, training
+from babylm import models, scoring, training
 from babylm.config import RLConfig, UserError
 from babylm.distillation import Distiller
+from babylm.ledger import read_lines, rl_ledger
+from babylm.model_card import model_card
 from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
 from interactive import reward
@@ -29,6 +31,7 @@ from interactive.prompts import Prompts, load_prompts
 from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of
 
 WORDLESS_STEPS = 20  # in a row: then the policy has stopped writing, and a budget of words would never be used up
+SHOWN = 3  # completions before and after, printed at the end
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------
@@ -53,12 +56,10 @@ def load_inputs(config: RLConfig) -> Inputs:
 
 def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
     """Open the run's folder; None if the run is finished already. The run's identity holds the content of what is read."""
-    for path in reward.model_paths(config.rewards):
-        require_finished(path, "ppo.py: rewards")
     return training.open_folder(config, "ppo.py", {
         "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256, "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
         "base": models.weights_fingerprint(config.model.path), "prompts": inputs.prompts.fingerprint,
-        **reward.fingerprints(config.rewards)})
+        **reward.reward_fingerprints(config.rewards, inputs.tokenizer)})
 
 
 @dataclass
@@ -86,7 +87,7 @@ class RLRun:
                  device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.tokenizer, self.prompts = inputs.tokenizer, inputs.prompts
-        self.reference, self.rewards = reference.requires_grad_(False).eval(), rewards
+        self.reference, self.rewards = reference, rewards
         section = config.data
         self.val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", self.tokenizer), section.seq_len, section.eval_blocks)
         self.sets = training.milestone_sets(config)
@@ -100,7 +101,7 @@ class RLRun:
         if folder.resume_from:
             self.progress = Progress(**json.loads((folder.resume_from / "progress.json").read_text(encoding="utf-8")))
             self._forget_samples_after(self.step)
-        self.ledger = hub.rl_ledger(config, tokenizer_fingerprint(self.tokenizer), reward.model_paths(config.rewards))
+        self.ledger = rl_ledger(config, tokenizer_fingerprint(self.tokenizer))
         self._began = self._window_began = time.monotonic()
         self._stats: dict[str, float] = {}
 
@@ -150,7 +151,7 @@ class RLRun:
         for index, scored in enumerate(samples):
             scored.reward = scores.total[index]
             scored.parts = {name: part[index] for name, part in scores.parts.items()}
-        self._stats = scores.stats
+        self._stats = {name: value for name, value in scores.stats.items() if "judge" in name and not name.endswith(("mean", "std"))}
 
     def gather(self, rows: range, samples: Sequence[Sample]) -> list[Sample]:
         """The whole batch, in every process, in the order of its rows. UserError if not one completion could be scored."""
@@ -164,7 +165,7 @@ class RLRun:
         """UserError if not one of a batch's completions has a reward: the step could teach nothing."""
         if all(scored.reward is None for scored in samples):
             parts = sorted({name for scored in samples for name, value in scored.parts.items() if value is None})
-            raise UserError(f"step {self.step + 1}: none of the {len(samples)} completions could be given a reward ({', '.join(parts)}), so "
+            raise UserError(f"step {self.step + 1}: none of the {len(samples)} completions could be given a reward ({', '.join(parts)}): "
                             "nothing can be learned. Look at what the judge answers (its model, its rubric); the same command goes on from "
                             f"{self.folder.newest_whole() or 'the start'}")
 
@@ -200,8 +201,8 @@ class RLRun:
         progress.wordless = 0 if words else progress.wordless + 1
         progress.window.append({**_means(samples), **terms, **self._stats, "tokens": sum(len(s.completion_ids) for s in samples)})
         if progress.wordless >= WORDLESS_STEPS:
-            raise UserError(f"step {self.step}: the policy has written no word in {WORDLESS_STEPS} steps, so its budget of words would never "
-                            "be used up. A length reward, a larger ppo.kl.coefficient or a lower training.lr keeps it writing")
+            raise UserError(f"step {self.step}: the policy has written no word in {WORDLESS_STEPS} steps, so its budget of words would "
+                            "never be used up. A length reward, a larger ppo.kl.coefficient or a lower training.lr keeps it writing")
         self._save_milestones(model, before)
         row = None
         if self.step % self.config.logging.logging_steps == 0 or self.step == 1 or self.done:
@@ -255,9 +256,11 @@ class RLRun:
         goal = f"words {self.progress.words / 1000:,.1f}K" + (f"/{budget.words / 1000:,.0f}K" if budget.words else "")
         shown = [f"{name} {row[name]:.4f}" for name in ("reward", *(n for n in row if n.startswith("reward/")), "kl", "entropy")
                  if row.get(name) is not None]
-        extra = [f"excluded {self.progress.excluded:,}"] if self.progress.excluded else []
-        self.say(f"step {self.step:>5,}{f'/{budget.steps:,}' if budget.steps else ''} | {goal} | {' | '.join([*shown, *extra])} | "
-                 f"{row['completion_words']:.1f} words | grad {row.get('grad_norm', float('nan')):.2f} | {rate / 1000:,.2f}K tok/s | {left} left")
+        shown += [f"excluded {self.progress.excluded:,}"] if self.progress.excluded else []
+        shown += [f"{row['completion_words']:.1f} words each"]
+        shown += [f"grad {row['grad_norm']:.2f}"] if "grad_norm" in row else []
+        self.say(f"step {self.step:>5,}{f'/{budget.steps:,}' if budget.steps else ''} | {goal} | {' | '.join(shown)} | "
+                 f"{rate / 1000:,.2f}K tok/s | {left} left")
         return row
 
     def validate(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -271,15 +274,14 @@ class RLRun:
             section = config.generation
             rows = range(count)[self.state.process_index::self.state.num_processes]
             prompts = self.prompts.batch(0, count)
+            batch = config.training.per_device_batch_size or config.training.batch_size
             with self._autocast():
                 samples = sample(model, self.tokenizer, [prompts[r] for r in rows], seeds_of(config.seed, 0, rows, "validation"),
-                                 max_new_tokens=section.max_new_tokens, temperature=section.temperature,
-                                 batch_size=config.training.per_device_batch_size or config.training.batch_size)
-                for mine, theirs, scored in zip(*(completion_logprobs(
-                        body_and_head(which, "policy"), samples, temperature=section.temperature,
-                        batch_size=config.training.per_device_batch_size or config.training.batch_size) for which in (model, self.reference)),
-                        samples, strict=True):
-                    scored.logprobs, scored.reference_logprobs = mine, theirs
+                                 max_new_tokens=section.max_new_tokens, temperature=section.temperature, batch_size=batch)
+                for name, which in (("logprobs", model), ("reference_logprobs", self.reference)):
+                    found = completion_logprobs(body_and_head(which, "policy"), samples, temperature=section.temperature, batch_size=batch)
+                    for scored, values in zip(samples, found, strict=True):
+                        setattr(scored, name, values)
             self.score(samples)
             samples = self.gather(rows, samples)
             ratio = torch.cat([s.logprobs - s.reference_logprobs for s in samples])
@@ -324,7 +326,7 @@ class RLRun:
 
     def _forget_samples_after(self, step: int) -> None:
         if self.folder.main and self._samples_file.is_file():
-            rows = [row for row in hub.json_lines(self._samples_file) if row["step"] <= step]
+            rows = [row for row in read_lines(self._samples_file) if row["step"] <= step]
             write_text(self._samples_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _save_milestones(self, model: PreTrainedModel, before: int) -> None:
@@ -351,10 +353,11 @@ class RLRun:
     def finish(self, model: PreTrainedModel) -> None:
         """The budget is used up: the final model goes to the root, then finished.json says so."""
         if self.folder.main:
-            rows = list(hub.json_lines(self.folder.metrics))
+            rows = list(read_lines(self.folder.metrics))
             first, last = ([row for row in rows if row["kind"] == "eval"][place] for place in (0, -1))
             kept = ("ce", "perplexity", "ce_by_domain", "reward", "kl")
-            result = {"steps": self.step, "weights_from_step": self.step, "words_seen": self.progress.words,
+            base = self.ledger["base"]["ledger"] or {}  # the text that these weights have seen is what they had seen before
+            result = {"steps": self.step, "weights_from_step": self.step, "words_seen": base.get("words_seen", 0),
                       "generated_words": self.progress.words, "seconds": round(self.seconds(), 1),
                       "parameters": models.count_parameters(model), **{name: last[name] for name in kept if name in last},
                       "before": {name: first[name] for name in kept if name in first}, "excluded": self.progress.excluded,
@@ -363,18 +366,28 @@ class RLRun:
             def write(target: Path) -> None:
                 models.save_model(model, self.tokenizer, target)
                 models.require_saved_equals(model, target, self.val[0]["input_ids"][None, :64])
-                card = hub.model_card(self.config, self.folder, result, own_code=any(target.glob("modeling_*.py")))
-                (target / "README.md").write_text(card, encoding="utf-8")
+                (target / "README.md").write_text(model_card(self.folder.root, result, model=target), encoding="utf-8")
 
             with saving(self.folder.root):
                 self.folder.install_final(write)
             self.folder.finish(result)
+            self._show_samples(first["step"], last["step"])
             self.say(f"finished {self.folder.root}: step {self.step:,} | {self.progress.words:,} words generated | "
                      + " | ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in ("reward", "kl", "ce") if name in last)
                      + f" | {result['seconds']:.0f} s")
         self.state.wait_for_everyone()
 
     # -- words for the user
+
+    def _show_samples(self, first: int, last: int) -> None:
+        """The first validation's completions beside the last one's: the same prompts and noise, another policy."""
+        rows = [row for row in read_lines(self._samples_file) if row["kind"] == "validation"]
+        before, after = ([row for row in rows if row["step"] == step] for step in (first, last))
+        for old, new in list(zip(before, after, strict=False))[:SHOWN]:
+            self.say(f"  prompt  {old['prompt']!r}")
+            for name, row in (("before", old), ("after", new)):
+                earned = "no reward" if row["reward"] is None else f"reward {row['reward']:+.3f}"
+                self.say(f"  {name:<7} {row['completion']!r} ({earned})")
 
     def say(self, line: str) -> None:
         """Print a line, once."""

@@ -23,7 +23,7 @@ class Sample:
     Attributes:
         prompt_ids, completion_ids: token ids, the start token and (where it was sampled) the end token included.
         reward: the weighted sum of `parts`; None where a reward could not be given: such a sample teaches nothing.
-        logprobs, reference_logprobs, values: per token of the completion, in nats (values: in units of reward), [len(completion_ids)].
+        logprobs, reference_logprobs, values, entropies: per token of the completion, [len(completion_ids)], in nats (values: reward).
     """
 
     prompt: str
@@ -36,6 +36,7 @@ class Sample:
     logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
     @property
     def words(self) -> int:
@@ -161,9 +162,9 @@ def completion_states(body: nn.Module, batch: Batch) -> torch.Tensor:
     return states[rows[batch.mask], batch.positions[batch.mask]]
 
 
-def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) at the targets, in nats: logits [N, V], targets [N] -> [N]."""
-    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits) at the targets, in nats: logits [N, V], targets [N] -> [N]."""
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
 def unpack(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -184,8 +185,8 @@ def completion_logprobs(halves: tuple[nn.Module, nn.Linear], samples: Sequence[S
     found: list[torch.Tensor] = []
     for start in range(0, len(samples), batch_size or len(samples)):
         batch = collate(samples[start:start + (batch_size or len(samples))], head.weight.device)
-        logits = head(completion_states(body, batch))
-        found += token_logprobs(logits, batch.targets[batch.mask], temperature).cpu().split(batch.mask.sum(1).tolist())
+        logits = head(completion_states(body, batch)).float() / temperature
+        found += token_logprobs(logits, batch.targets[batch.mask]).cpu().split(batch.mask.sum(1).tolist())
     return found
 
 
@@ -193,5 +194,5 @@ def body_and_head(model: PreTrainedModel, role: str) -> tuple[nn.Module, nn.Line
     """A causal model's two halves. UserError where its output head is no plain linear layer."""
     body, head = models.body_and_head(model)
     if head is None:
-        raise UserError(f"the {role} is a {model.config.model_type} whose logits are not those of one linear layer: stage 6 cannot train it")
+        raise UserError(f"the {role} is a {model.config.model_type} whose logits do not come from one linear layer: stage 6 cannot use it")
     return body, head

@@ -17,6 +17,7 @@ from babylm.config import (
     MarginReward,
     MoEPStudentConfig,
     RewardEntry,
+    RLConfig,
     RunConfig,
     Schedule,
     Section,
@@ -33,7 +34,7 @@ from babylm.config import (
 )
 
 ROOT = Path(config_module.__file__).parents[1]
-SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig, MoEPStudentConfig)
+SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig, MoEPStudentConfig, RLConfig)
 
 
 class Rewarded(Section):
@@ -522,7 +523,7 @@ NOT_IDENTITY = {  # where things lie, how often something is said or saved, how 
     "distillation.teachers.device", "distillation.cache", "distillation.cache_path", "corpus.input", "corpus.output",
     "download.strict_small", "download.strict", "download.revision", "rewards.teacher", "rewards.batch_size", "rewards.device",
     "rewards.server", "rewards.api_key_variable", "rewards.rubric", "rewards.workers", "rewards.timeout", "rewards.attempts",
-    "rewards.backoff",
+    "rewards.backoff", "prompts.dataset", "prompts.path", "logging.samples",
 }
 
 
@@ -605,6 +606,8 @@ def schema_of(values, path):
         return CorpusConfig
     if "distillation" in values:
         return student_schema(values)
+    if "algorithm" in values:
+        return RLConfig
     return TeacherConfig if "lora" in values or "teacher" in path.stem else BaselineConfig
 
 

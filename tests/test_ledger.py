@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from babylm import hub
-from babylm.hub import accounts, ledger_text, text_in_all, verdict
+from babylm import ledger as ledgers
+from babylm.ledger import accounts, ledger_text, text_in_all, verdict
 from custom_dataset import tokenizer_fingerprint
 
-ROOT = Path(hub.__file__).parent.parent
+ROOT = Path(ledgers.__file__).parent.parent
 MILLION = 1_000_000
 
 
@@ -104,6 +104,30 @@ def test_equal_texts_count_once_and_others_add_up():
     assert text_in_all(accounts(ledger(teachers=[ledger(), ledger(corpus="b", words=MILLION)], generated=500))) == 10 * MILLION + 500
 
 
+def rewarded(generated=100_000, base=None, teachers=(), judges=()):
+    """The ledger of a run of stage 6 on a base of one epoch."""
+    own = ledger(words=0, seen=0, before=0, generated=generated, base=base or ledger(), teachers=teachers, tokenizer=ledger()["tokenizer"])
+    return {**own, "judges": list(judges)}
+
+
+def test_a_run_of_stage_6_reads_nothing_and_counts_what_it_writes():
+    rows = accounts(rewarded())
+    assert [row.what for row in rows if row.role == "this model"] == [] and text_in_all(rows) == 9 * MILLION + 100_000
+    assert sum(row.seen for row in rows) == 9 * MILLION + 100_000 and verdict(rows)[0] == "legal for strict-small"
+    assert verdict(accounts(rewarded(generated=2 * MILLION)))[0] == "legal for strict"  # 11M words of text
+    assert verdict(accounts(rewarded(teachers=[ledger(corpus="b")])))[0] == "legal for strict"  # a reward model's text reaches it
+
+
+@pytest.mark.parametrize(("judge", "legal"), [
+    ("meta-llama/Llama-3.1-8B-Instruct", True), ("meta-llama/Llama-3.2-1B-Instruct", True), ("Qwen/Qwen3-8B", True),
+    ("Qwen/Qwen2.5-0.5B-Instruct", True), ("Qwen/Qwen2.5-14B-Instruct", False), ("meta-llama/Llama-3.1-70B-Instruct", False),
+    ("gpt-4o", False)])
+def test_rewards_are_for_approved_teachers_to_give(judge, legal):
+    decision, reasons = verdict(accounts(rewarded(judges=[judge])))
+    assert (decision == "legal for strict-small") is legal
+    assert legal or f"rewards of {judge}: not known to be an approved teacher" in reasons["strict"][0]
+
+
 def test_the_table_says_what_is_unknown_and_never_a_number_for_it():
     shown = ledger_text({**ledger(), "teachers": [outside("gpt2-large")]})
     assert "| teacher gpt2-large | unknown | - | - |" in shown and "at least 9,000,000" in shown
@@ -188,6 +212,6 @@ def test_a_tokenizer_is_believed_only_with_its_own_fingerprint(student, small, t
     folder, record = student
     mine = tokenizer_fingerprint(tokenizer)
     for path in (small / "tokenizer", folder, folder / "chck_50"):
-        assert hub.tokenizer_text(str(path), mine) == record["tokenizer"]
-        assert hub.tokenizer_text(str(path), "another")["words"] is None
-    assert hub.tokenizer_text("gpt2", mine) == {"source": "gpt2", "words": None, "sha256": None}
+        assert ledgers.tokenizer_text(str(path), mine) == record["tokenizer"]
+        assert ledgers.tokenizer_text(str(path), "another")["words"] is None
+    assert ledgers.tokenizer_text("gpt2", mine) == {"source": "gpt2", "words": None, "sha256": None}

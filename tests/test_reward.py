@@ -15,6 +15,7 @@ from babylm.config import (
     LikelihoodReward,
     MarginReward,
     ModelSection,
+    MoEPModelSection,
     RandomReward,
     RepetitionReward,
     UserError,
@@ -112,9 +113,14 @@ def test_a_completion_of_no_tokens_has_no_reward(tokenizer, teachers, reference,
     assert none is None and some is not None
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "moep"])
 def test_logits_made_in_chunks_and_at_the_completions_alone_are_the_same(teachers, tokenizer, sampled, family, monkeypatch):
-    model = models.load_causal_lm(str(teachers(family)[0])).eval().requires_grad_(False)
+    if family == "moep":
+        section = MoEPModelSection(layers=3, width=16, heads=2, parallel_width=8, parallel_heads=2, max_positions=64)
+        model = models.build_model(section, tokenizer, seed=0)
+    else:
+        model = models.load_causal_lm(str(teachers(family)[0]))
+    model.eval().requires_grad_(False)
     prompts = tokenizer(PROMPTS).input_ids
     monkeypatch.setattr(reward_module, "LOGIT_VALUES", 3 * len(tokenizer))  # three rows of logits at a time
     scorer = CompletionScorer(model, 2, "it")
