@@ -56,6 +56,7 @@ def students(tokenizer, tmp_path_factory):
 def opened(tmp_path, corpus, students, monkeypatch):
     """opened("grpo", reward, training={...}, ...) -> (config, run, policy): a run of stage 6 with a toy reward, ready to train."""
     monkeypatch.setattr(run_folder, "_opened", [])
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # accelerate calls it in every train(): half a second with all that pytest holds
 
     def build(algorithm, function, name="run", student="gpt2", **changes):
         values = {"name": name, "output": str(tmp_path), "seed": 1, "algorithm": algorithm, "model": {"path": str(students(student))},
@@ -134,7 +135,8 @@ def likes_short(_, ids):
 def test_a_toy_reward_is_learned(opened, algorithm, reward, monkeypatch):
     base_trainer = importlib.import_module("trl.trainer.base_trainer")
     monkeypatch.setattr(base_trainer, "send_telemetry", lambda *_, **__: pytest.fail("TRL reported its use to a server"))
-    config, run, policy = opened(algorithm, reward, training={"steps": 5 if algorithm == "dpo" else 15}, logging={"eval_prompts": 32})
+    config, run, policy = opened(algorithm, reward, training={"steps": 3 if algorithm == "dpo" else 9, "lr": 2e-2},
+                                 logging={"eval_prompts": 32, "logging_steps": 100})
     trltrainer.train(config, run, policy)
     first, last = rows(run, "eval")[0], rows(run, "eval")[-1]
     assert last["reward"] - first["reward"] > 0.3
@@ -144,15 +146,16 @@ def test_a_toy_reward_is_learned(opened, algorithm, reward, monkeypatch):
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         assert getattr(saved.config, name) == getattr(start.config, name)
     assert saved.config.resid_pdrop == 0.3, "dropout is off in training, not in the model's config"
-    assert "trl" not in (run.folder.root / "README.md").read_text().lower() and not (run.folder.run / "README.md").exists()
+    assert "generated_from_trainer" not in (run.folder.root / "README.md").read_text() and not (run.folder.run / "README.md").exists()
 
 
-@pytest.mark.parametrize("algorithm, beta", [("grpo", 100.0), ("rloo", 10.0), ("dpo", 100.0)])
-def test_a_large_beta_holds_the_policy_near_the_reference(opened, algorithm, beta):
-    steps = 5 if algorithm == "dpo" else 15
-    config, run, policy = opened(algorithm, likes_a_token, training={"steps": steps}, logging={"eval_prompts": 32}, **{algorithm: {"beta": beta}})
+@pytest.mark.parametrize("algorithm, lr", [("grpo", 3e-3), ("rloo", 3e-3), ("dpo", 1e-3)])
+def test_a_large_beta_holds_the_policy_near_the_reference(opened, algorithm, lr):
+    """With these learning rates and 15 steps (5 rounds), KL comes to 1.7 (grpo, rloo, beta 0) and 0.55 (dpo, beta 0.1)."""
+    config, run, policy = opened(algorithm, likes_a_token, training={"steps": 5 if algorithm == "dpo" else 15, "lr": lr},
+                                 logging={"eval_prompts": 32, "logging_steps": 100}, **{algorithm: {"beta": 10.0}})
     trltrainer.train(config, run, policy)
-    assert 0 < rows(run, "eval")[-1]["kl"] < 0.1
+    assert 0 < rows(run, "eval")[-1]["kl"] < 0.3
 
 
 # ---- Gradients by hand ----------------------------------------------------------------------------------------------
@@ -167,8 +170,9 @@ def test_gradients_are_those_of_the_scored_completions_alone(opened, algorithm, 
         return None if sum(ids) % 3 == 0 else ids.count(TOKEN) / len(ids)
 
     beta, temperature = 0.3, 0.7
-    config, run, policy = opened(algorithm, some, generation={"temperature": temperature, "max_new_tokens": 6}, **{algorithm: {"beta": beta}},
-                                 training={"steps": 1, "batch_size": 16, "per_device_batch_size": per_device, "grad_clip": 0})
+    config, run, policy = opened(algorithm, some, generation={"temperature": temperature, "max_new_tokens": 6},
+                                 training={"steps": 1, "batch_size": 16, "per_device_batch_size": per_device, "grad_clip": 0},
+                                 **{algorithm: {"beta": beta}})
     perturbed(run.reference)
     start = models.load_causal_lm(config.model.path)  # in eval mode
     trltrainer.switch_off_dropout(policy)
@@ -195,14 +199,15 @@ def test_gradients_are_those_of_the_scored_completions_alone(opened, algorithm, 
         if algorithm == "grpo":
             advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4) if len(valid) > 1 else torch.zeros(len(valid))
         else:
-            rewards = rewards - beta * torch.stack([(p.detach() - r).sum() for p, r in zip(logprobs, reference, strict=True)] or [rewards.sum()])
+            rewards = rewards - beta * torch.tensor([float((p.detach() - r).sum()) for p, r in zip(logprobs, reference, strict=True)])
             total, others = rewards.sum(), len(valid) - 1
             advantages = rewards - (total - rewards) / others if others > 0 else torch.zeros(len(valid))
         for advantage, mine, theirs in zip(advantages, logprobs, reference, strict=True):
             tokens += len(mine)
             if algorithm == "grpo":
                 kl = (theirs - mine).exp() - (theirs - mine) - 1
-                terms.append((beta * kl - advantage * (mine - mine.detach()).exp()).sum())
+                ratio = (mine - mine.detach()).exp()  # 1, but not its gradient
+                terms.append(((beta * kl - advantage) * ratio).sum())
             else:
                 terms.append(-advantage * (mine.sum() - mine.sum().detach()).exp())
     require_close(found, torch.stack(terms).sum() / (tokens if algorithm == "grpo" else scored), start)
@@ -266,11 +271,10 @@ def test_no_dropout_is_left_once_it_is_switched_off(students, student):
 # ---- Budget, resume, errors -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["rloo", "dpo"])
-def test_words_generated_end_the_run_and_place_milestones(opened, algorithm):
-    config, run, policy = opened(algorithm, likes_a_token, training={"steps": None, "words": 60}, dpo={"prompts_per_round": 16},
-                                 checkpoints={"milestones": False, "extra_words": [30]}) if algorithm == "dpo" else opened(
-        algorithm, likes_a_token, training={"steps": None, "words": 60}, checkpoints={"milestones": False, "extra_words": [30]})
+@pytest.mark.parametrize("algorithm, changes", [("rloo", {}), ("dpo", {"dpo": {"prompts_per_round": 16}})])
+def test_words_generated_end_the_run_and_place_milestones(opened, algorithm, changes):
+    config, run, policy = opened(algorithm, lambda _, ids: sum(ids) % 7, checkpoints={"milestones": False, "extra_words": [30]},
+                                 training={"steps": None, "words": 60, "lr": 1e-4}, **changes)
     trltrainer.train(config, run, policy)
     words = [row["words"] for row in rows(run, "train")]
     assert words[-1] >= 60 > words[-2] > 0 and run.folder.already_finished()["generated_words"] == words[-1]
@@ -280,7 +284,7 @@ def test_words_generated_end_the_run_and_place_milestones(opened, algorithm):
 
 @pytest.mark.parametrize("algorithm, changes", [
     ("grpo", {"grpo": {"epochs": 2, "beta": 0.04}, "training": {"per_device_batch_size": 8}}),
-    ("rloo", {"rloo": {"beta": 0.05}}), ("dpo", {"dpo": {"epochs": 2, "reference": "round"}, "training": {"batch_size": 16}})])
+    ("rloo", {"rloo": {"beta": 0.05}}), ("dpo", {"dpo": {"epochs": 2, "reference": "round", "prompts_per_round": 8}, "training": {"batch_size": 8}})])
 def test_a_resumed_run_ends_with_the_same_weights(opened, algorithm, changes):
     changes = {**changes, "training": {"steps": 4, "schedule": "linear", "warmup_steps": 2, **changes.get("training", {})}}
     config, whole, policy = opened(algorithm, likes_a_token, name="whole", **changes)
@@ -322,8 +326,11 @@ def test_a_failing_reward_or_step_stops_the_run(opened, algorithm):
     with pytest.raises(UserError, match="none of the (32|128) completions could be given a reward"):
         trltrainer.train(config, run, policy)
 
-    config, run, policy = opened(algorithm, likes_a_token, name="c", logging={"eval_prompts": 0})
-    run.start = lambda model: model.transformer.h[0].mlp.c_fc.weight.data.fill_(torch.nan)
+    def poisons(_, ids):  # the weights break between sampling and learning
+        policy.transformer.h[0].mlp.c_fc.weight.data.fill_(torch.nan)
+        return likes_a_token(_, ids)
+
+    config, run, policy = opened(algorithm, poisons, name="c", logging={"eval_prompts": 0})
     with pytest.raises(UserError, match="NaN or infinite at step 1"):
         trltrainer.train(config, run, policy)
 
