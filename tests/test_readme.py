@@ -82,7 +82,7 @@ def small(command: str) -> list[str]:
         words = ["data/demo-s9/corpus" if word == "corpus_split" else word for word in words]
     if "cpu_study.sh" in text:
         words += ["teacher", "--seed", "1", *TWO_STEPS, "model.layers=1", "data.eval_blocks=4"]
-    if re.search(r"benchmarks\.(loss|step|moep|run|eval)", text):
+    if re.search(r"benchmarks\.(loss|step|moep|run|eval|ppo)", text):
         words += ["--quick"]
     if "benchmarks.corpus" in text:
         words += ["--quick", "--tokenizer", "data/demo-s9/corpus/tokenizer"]
