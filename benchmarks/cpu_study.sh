@@ -11,6 +11,7 @@
 #   moep moep-none dense dense-none                                 first two seeds: MoE-P and a dense GPT-2 of equal size
 #   moep-ablations                                                  first seed: balance weight 0 and 0.2, top-1 and top-4
 #   baseline-long student-long student-long-lambda1                 three times the steps, first seed
+#   ppo ppo-random                                                  first two seeds, first seed: student-s1 learns from rewards
 #
 # Reads *.train from $BABYLM_SHARED/data/train_10M and *.dev from $BABYLM_SHARED/data/dev where that variable is set,
 # else from train_10M/ and dev/. PYTHON picks the interpreter, THREADS the CPU threads of each run (default: all).
@@ -18,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 every=(teacher teacher-gpt2 tune baseline student student-two student-dskd student-aux student-contrastive student-self lambda
-       moep moep-none dense dense-none moep-ablations baseline-long student-long student-long-lambda1)
+       moep moep-none dense dense-none moep-ablations baseline-long student-long student-long-lambda1 ppo ppo-random)
 models=()
 seeds=()
 keys=(${THREADS:+training.threads=$THREADS})
@@ -84,6 +85,10 @@ for model in "${models[@]}"; do
       ;;
     baseline | student | student-two | student-dskd) for seed in "${seeds[@]}"; do run "$model" "$model-s$seed" "$seed"; done ;;
     moep | moep-none | dense | dense-none) for seed in "${seeds[@]:0:2}"; do run "$model" "$model-s$seed" "$seed"; done ;;
+    ppo) for seed in "${seeds[@]:0:2}"; do "$python" ppo.py --config configs/cpu/ppo.yaml "name=ppo-s$seed" "seed=$seed" \
+      ${keys[@]+"${keys[@]}"}; done ;;
+    ppo-random) "$python" ppo.py --config configs/cpu/ppo.yaml "name=ppo-random-s$first" "seed=$first" "rewards=[{kind: random}]" \
+      ${keys[@]+"${keys[@]}"} ;;
     moep-ablations)
       run moep "moep-balance0-s$first" "$first" distillation.balance.weight=0
       run moep "moep-balance0p2-s$first" "$first" distillation.balance.weight=0.2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from babylm import losses
-from benchmarks import loss, measure, moep, run, step
+from benchmarks import loss, measure, moep, ppo, run, step
 from modeling_moep import Routing
 
 
@@ -70,6 +70,19 @@ def test_step_stops_where_the_ways_differ(quick, monkeypatch, part):
         monkeypatch.setattr(step.teacher_cache, "_bytes", lambda values, dtype: stored(values.flip(0), dtype))
     with pytest.raises(SystemExit, match="not equal"):
         quick(step)
+
+
+def test_ppo(quick):
+    result, said = quick(ppo, "--judge")
+    assert result["difference"] < 1e-4 and set(result["seconds"]) == {*ppo.PHASES, "plain update"}
+    assert "completions/s" in said and "is not in the asked-for form" in said  # a judge of random weights
+
+
+def test_ppo_stops_where_the_updates_differ(quick, monkeypatch):
+    right = ppo.ours
+    monkeypatch.setattr(ppo, "ours", lambda *arguments: 1.01 * right(*arguments))
+    with pytest.raises(SystemExit, match="differ by 0.01 of their norm"):
+        quick(ppo)
 
 
 def test_the_presets_teachers_take_two_thirds_of_the_step():
