@@ -17,6 +17,7 @@ TRL is imported where it is used: installations that do not train by these algor
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,22 +49,27 @@ def train(config: RLConfig, run: RLRun, model: PreTrainedModel) -> None:
         UserError: trl is not installed, batches do not divide, or a step failed.
     """
     require_trl(config.algorithm)
-    switch_off_dropout(model)
-    state = PolicyState(config, run, model)
-    trainer = group_trainer(state) if config.algorithm in ("grpo", "rloo") else dpo_trainer(state)
+    with warnings.catch_warnings():
+        # TRL and the Trainer warn of names of their own.
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+        _train(PolicyState(config, run, model))
+
+
+def _train(state: "PolicyState") -> None:
+    config, run = state.config, state.run
+    grouped = config.algorithm in ("grpo", "rloo")
+    trainer = group_trainer(state) if grouped else dpo_trainer(state)
     if config.logging.trackers:
         from accelerate.tracking import filter_trackers
 
         trainer.accelerator.log_with = filter_trackers(config.logging.trackers, str(run.folder.run))
         trainer.accelerator.init_trackers(config.name, config=config.model_dump(mode="json"))
-    run.start(model)
-    if config.algorithm in ("grpo", "rloo"):
-        if not run.done:
-            trainer.train()
-    else:
-        while not run.done:
-            dpo_round(trainer, state)
-    run.finish(model)
+    run.start(state.model)
+    if grouped and not run.done:
+        trainer.train()
+    while not run.done:
+        dpo_round(trainer, state)
+    run.finish(state.model)
 
 
 def require_trl(algorithm: str) -> None:
@@ -88,7 +94,7 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 class PolicyState:
-    """The policy, its optimizer, and how both are stored; loaded from the run's checkpoint where it resumes.
+    """The policy, without dropout, its optimizer, and how both are stored; loaded from the run's checkpoint where it resumes.
 
     Attributes:
         terms: sums and counts of what the present step reports, {name: [sum, count]}.
@@ -96,6 +102,7 @@ class PolicyState:
 
     def __init__(self, config: RLConfig, run: RLRun, model: PreTrainedModel):
         self.config, self.run, self.model = config, run, model
+        switch_off_dropout(model)
         section = config.training
         groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is matrices], "weight_decay": decay}
                   for matrices, decay in ((True, section.weight_decay), (False, 0.0))]

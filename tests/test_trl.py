@@ -175,7 +175,6 @@ def test_gradients_are_those_of_the_scored_completions_alone(opened, algorithm, 
                                  **{algorithm: {"beta": beta}})
     perturbed(run.reference)
     start = models.load_causal_lm(config.model.path)  # in eval mode
-    trltrainer.switch_off_dropout(policy)
     state = trltrainer.PolicyState(config, run, policy)
     trainer = trltrainer.group_trainer(state)
     (found,) = gradients_of(state, trainer)
@@ -225,7 +224,6 @@ def test_dpo_learns_from_the_sampled_tokens_of_untied_pairs(opened, reference):
                                  training={"steps": 1, "batch_size": 64, "grad_clip": 0})
     perturbed(run.reference)
     start = models.load_causal_lm(config.model.path)
-    trltrainer.switch_off_dropout(policy)
     state = trltrainer.PolicyState(config, run, policy)
     (found,) = gradients_of(state, trltrainer.dpo_trainer(state))
     samples = rollout.sample(start, run.tokenizer, [p for p in run.prompts.batch(0, 32) for _ in range(2)],
@@ -284,7 +282,8 @@ def test_words_generated_end_the_run_and_place_milestones(opened, algorithm, cha
 
 @pytest.mark.parametrize("algorithm, changes", [
     ("grpo", {"grpo": {"epochs": 2, "beta": 0.04}, "training": {"per_device_batch_size": 8}}),
-    ("rloo", {"rloo": {"beta": 0.05}}), ("dpo", {"dpo": {"epochs": 2, "reference": "round", "prompts_per_round": 8}, "training": {"batch_size": 8}})])
+    ("rloo", {"rloo": {"beta": 0.05}}),
+    ("dpo", {"dpo": {"epochs": 2, "reference": "round", "prompts_per_round": 8}, "training": {"batch_size": 8}})])
 def test_a_resumed_run_ends_with_the_same_weights(opened, algorithm, changes):
     changes = {**changes, "training": {"steps": 4, "schedule": "linear", "warmup_steps": 2, **changes.get("training", {})}}
     config, whole, policy = opened(algorithm, likes_a_token, name="whole", **changes)
