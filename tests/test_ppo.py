@@ -353,7 +353,8 @@ def test_validations_have_the_same_prompts_and_the_same_noise_and_teach_nothing(
     second = run.validate(trainer.policy.model)
     assert first["rewards"] == second["rewards"] and first["kl"] == second["kl"] == 0 and run.progress.words == 0
     assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
-    trained = rollout.sample(trainer.policy.model, run.tokenizer, run.prompts.batch(0, 8), rl_run.seeds_of(3, 0, range(8)), max_new_tokens=6)
+    prompts = run.prompts.batch(0, 8)
+    trained = rollout.sample(trainer.policy.model, run.tokenizer, prompts, rl_run.seeds_of(3, 0, range(8)), max_new_tokens=6)
     assert [s.completion_ids for s in trained] != [s.completion_ids for s in rollout.sample(
         trainer.policy.model, run.tokenizer, run.prompts.batch(0, 8), rl_run.seeds_of(3, 0, range(8), "validation"), max_new_tokens=6)]
 
