@@ -135,7 +135,7 @@ class Stub:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
                 with lock:
                     number = len(stub.requests)
                     stub.requests.append(body)
@@ -268,7 +268,7 @@ def test_a_server_that_is_not_there_is_known_before_training(stub, tokenizer):
 
 @pytest.mark.parametrize(("status", "message"), [
     (401, "set the environment variable MY_KEY to a valid key"), (403, "set the environment variable MY_KEY"),
-    (404, "is `server` the base address, often one that ends in /v1"), (400, "see what it says"), (307, "status 307")])
+    (404, "is `server` the base address, often one that ends in /v1"), (400, "see what it says"), (302, "status 302"), (307, "status 307")])
 def test_a_refusal_is_not_tried_again_and_tells_no_secrets(stub, status, message, monkeypatch, capsys):
     monkeypatch.setenv("MY_KEY", "sk-secret\n")
     stub.answer = lambda body, number: (status, {"Location": f"{stub.address}/elsewhere"}, "no such key: sk-secret")
