@@ -30,7 +30,7 @@ def tensor(*rows):
 def test_advantages_are_those_worked_by_hand():
     # gamma 0.5, lambda 0.5. Row 1: deltas 1+0.5*2-1 = 1, 0+0.5*3-2 = -0.5, 2-3 = -1, so A = -1, -0.5-0.25 = -0.75, 1-0.1875 = 0.8125.
     # Row 2 ends after two tokens, and what stands behind them must not matter: deltas 0+0.5*4-2 = 0, 1-4 = -3; A = -3, -0.75.
-    rewards, values = tensor([1, 0, 2], [0, 1, 99]), tensor([1, 2, 3], [2, 4, 99])
+    rewards, values = tensor([1, 0, 2], [0, 1, 50]), tensor([1, 2, 3], [2, 4, 99])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     found = ppotrainer.advantages(rewards, values, mask, gamma=0.5, lam=0.5)
     assert torch.equal(found, tensor([0.8125, -0.75, -1], [-0.75, -3, 0]))
