@@ -295,6 +295,8 @@ def test_tokens_behind_the_end_and_excluded_completions_teach_nothing(build):
     assert batch.mask.sum() == sum(len(s.completion_ids) for s in samples)
     targets = trainer.targets(samples, batch)
     assert all(float(values[~batch.mask].abs().sum()) == 0 for values in targets.values())
+    for sample, returns in zip(samples, targets["returns"], strict=True):  # all values are 0: the reward, discounted from its last token
+        assert float(returns[0]) == pytest.approx(sample.reward * 0.95 ** (len(sample.completion_ids) - 1), abs=1e-6)
     run.rewards = [Toy(lambda ids: None if ids[0] < 250 else 1.0)]
     run.score(samples)
     left = [s for s in samples if s.reward is not None]
