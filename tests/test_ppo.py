@@ -309,6 +309,13 @@ def test_tokens_behind_the_end_and_excluded_completions_teach_nothing(build):
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_goes_on_without_completions_that_no_reward_could_be_given(build):
+    run, trainer = build([Toy(lambda ids: None if ids[0] < 250 else 1.0)], training={"steps": 1})
+    trainer.train()
+    finished = json.loads((run.folder.run / "finished.json").read_text())
+    assert 10 < finished["excluded"] < 54 and finished["reward"] == 1.0
+
+
 def test_a_step_that_can_teach_nothing_stops_the_run(build):
     _, trainer = build([Toy(lambda ids: None, name="judge")])
     with pytest.raises(UserError, match="step 1: none of the 32 completions could be given a reward .judge."):
