@@ -282,26 +282,26 @@ class HubModels:
             raise UserError(f"this page shows {self.repo} alone")
         return list(self._revisions)
 
-    def _place(self, run: str, milestone: str) -> Path:
+    def _download(self, run: str, milestone: str, *patterns: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
         if milestone not in self.milestones(run):
             raise UserError(f"{self.repo} has no revision {str(milestone)[:80]!r}: choose one of the list")
-        if milestone not in self._folders:
-            try:  # of the repository only what is data: no code, no pickles
-                self._folders[milestone] = Path(snapshot_download(
-                    self.repo, revision=milestone, endpoint=self.endpoint,
-                    allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"]))
+        if (milestone, patterns) not in self._folders:
+            try:
+                self._folders[milestone, patterns] = Path(snapshot_download(self.repo, revision=milestone, endpoint=self.endpoint,
+                                                                            allow_patterns=list(patterns)))
             except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
                 raise UserError(f"cannot download {self.repo} at {milestone}: {_line(error)}") from error
-        return self._folders[milestone]
+        return self._folders[milestone, patterns]
 
     def has_chat_template(self, run: str, milestone: str) -> bool:
-        return _has_chat_template(self._place(run, milestone))
+        return _has_chat_template(self._download(run, milestone, "tokenizer_config.json", "chat_template.jinja"))
 
     def load(self, run: str, milestone: str) -> LanguageModel:
-        folder = self._place(run, milestone)
+        # Of the repository only what is data: no code, no pickles.
+        folder = self._download(run, milestone, "*.json", "*.safetensors", "*.jinja", "merges.txt")
         try:
             return self._kept.get(folder, lambda: _load(folder, run, milestone, None, lambda path: path))
         except UserError as error:
@@ -538,7 +538,7 @@ def _count(number: int, thing: str) -> str:
 # ---- Token by token -------------------------------------------------------------------------------------------------
 
 
-REASONS = {"end": "it ended the text itself", "length": "the asked-for length", "positions": "its last position", "stopped": "stopped"}
+REASONS = {"end": "ended with its end token", "length": "length reached", "positions": "last position reached", "stopped": "stopped"}
 
 
 @dataclass(frozen=True)
