@@ -19,7 +19,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -141,14 +140,11 @@ def together(answers: Sequence[Iterator[None]]) -> Iterator[None]:
 
 
 CSS = """
-.gradio-container { background: var(--page) !important; --page: #faf9f7; --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-  --accent: #0f766e; --wash: #0f766e1a; --quiet: #57534e; --line: #e7e5e4; --card: #ffffff; --bad: #b42318; --badwash: #b4231812;
+.gradio-container { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; --accent: #0f766e; --wash: #0f766e1a; --quiet: #57534e; --line: #e7e5e4; --card: #ffffff; --bad: #b42318; --badwash: #b4231812;
   max-width: 1180px !important; margin: 0 auto !important; }
-.dark .gradio-container, .gradio-container.dark { --accent: #5eead4; --wash: #5eead429; --quiet: #b5aea8; --line: #44403c;
-  --page: #12100e; --card: #1c1917; --bad: #fda29b; --badwash: #fda29b1f; }
-body { background: #faf9f7 !important; }
-body.dark { background: #12100e !important; }
-#head, #board, #caption, #rule { padding: 0 !important; }
+.dark .gradio-container, .gradio-container.dark { --accent: #2dd4bf; --wash: #2dd4bf26; --quiet: #b5aea8; --line: #44403c;
+  --card: #1c1917; --bad: #fda29b; --badwash: #fda29b1f; }
+:is(#head, #board, #caption, #rule) .html-container { padding: 0; }
 #head h1 { font-size: 1.7rem; font-weight: 650; letter-spacing: -0.02em; margin: .6rem 0 .15rem; color: var(--body-text-color); }
 #head p { margin: 0; color: var(--quiet); max-width: 46rem; line-height: 1.5; }
 #head .where { color: var(--accent); font-weight: 600; }
@@ -264,25 +260,32 @@ def _undecided(expects: NextTokens) -> str:
 # ---- The page: what it does -----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Ongoing:
+    """An answer that streams into a page, and whether it has to end."""
+
+    ended_by: str = ""  # stop: what there is stays; clear, or a new answer: it goes, and nothing more is drawn
+
+
 class Sessions:
-    """Who is being answered right now. One page, one answer: a new one stops the one before."""
+    """Who is being answered right now. One page, one answer: a new one ends the one before."""
 
     def __init__(self) -> None:
-        self.running: dict[str, threading.Event] = {}
+        self.ongoing: dict[str, Ongoing] = {}
 
     @contextlib.contextmanager
-    def answering(self, session: str) -> Iterator[threading.Event]:
-        self.stop(session)
-        mine = self.running[session] = threading.Event()
+    def answering(self, session: str) -> Iterator[Ongoing]:
+        self.end(session, "new")
+        mine = self.ongoing[session] = Ongoing()
         try:
             yield mine
-        finally:
-            if self.running.get(session) is mine:
-                del self.running[session]
+        finally:  # also when the page is closed in the middle
+            if self.ongoing.get(session) is mine:
+                del self.ongoing[session]
 
-    def stop(self, session: str) -> None:
-        if event := self.running.get(session):
-            event.set()
+    def end(self, session: str, by: str) -> None:
+        if one := self.ongoing.get(session):
+            one.ended_by = by
 
 
 def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str, str] | None = None) -> "gr.Blocks":
@@ -338,8 +341,8 @@ def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str,
         def shown() -> str:
             return board(sides, settings, turns, mode)
 
-        with sessions.answering(request.session_hash) as stop:
-            answers = [answer(place, side, asked, _said(turns, number), mode, settings, stop.is_set, write)
+        with sessions.answering(request.session_hash) as mine:
+            answers = [answer(place, side, asked, _said(turns, number), mode, settings, lambda: bool(mine.ended_by), write)
                        for number, side in enumerate(sides)]
             yield [shown(), gr.skip(), asked if of_last == "more" else gr.skip(), settings.seed, *buttons(True)]
             drawn = time.monotonic()
@@ -347,6 +350,11 @@ def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str,
                 if time.monotonic() - drawn > REDRAW_SECONDS:
                     yield [shown(), *[gr.skip()] * 8]
                     drawn = time.monotonic()
+        if mine.ended_by == "new":
+            return
+        if mine.ended_by == "clear":
+            yield [*cleared(), gr.skip(), *buttons(False)]
+            return
         answered = {number: side.written for number, side in enumerate(sides) if side.step and not side.error}
         if answered:
             state = {"turns": [*turns, {"asked": asked, "answers": answered}][-MAX_TURNS:]}
@@ -365,10 +373,13 @@ def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str,
         yield from respond(request, inputs, of_last="more")
 
     def on_stop(request: gr.Request) -> None:
-        sessions.stop(request.session_hash)
+        sessions.end(request.session_hash, "stop")
 
     def on_clear(request: gr.Request) -> list[Any]:
-        sessions.stop(request.session_hash)
+        sessions.end(request.session_hash, "clear")
+        return cleared()
+
+    def cleared() -> list[Any]:
         return [board([]), {"turns": []}, ""]
 
     # -- what the choices do
@@ -468,7 +479,8 @@ def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str,
     theme = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="stone", radius_size="md", text_size="md",
                            font=["sans-serif"], font_mono=["monospace"]).set(
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_800",
+        body_background_fill="#faf9f7", body_background_fill_dark="#12100e",
         slider_color="*primary_700", slider_color_dark="*primary_500", block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300", block_label_text_color="*neutral_700", checkbox_background_color_selected="*primary_700",
         checkbox_border_color_selected="*primary_700", input_placeholder_color="*neutral_500", button_large_text_weight="500")
@@ -589,7 +601,9 @@ class Terminal:
             if name == "/next":
                 return self._next()
             self.settings = Settings.of(**{**self.settings.model_dump(), "seed": (self.settings.seed + 1) % 2**31})
-            self._answer(self.turns.pop()["asked"])
+            before, self.turns = self.turns, self.turns[:-1]
+            if not self._answer(before[-1]["asked"]):
+                self.turns = before
         elif name == "/on":
             if not self.turns or self.mode == CHAT:
                 raise UserError("/on: there is no text to go on from; type the beginning of one")
@@ -608,8 +622,8 @@ class Terminal:
             raise UserError(f"{run} has these milestones: {', '.join(found)}")
         return run, milestone or found[0]
 
-    def _answer(self, asked: str) -> None:
-        """Every chosen model in turn: a terminal has one place to write."""
+    def _answer(self, asked: str) -> bool:
+        """Every chosen model in turn: a terminal has one place to write. Whether one answered."""
         turn, turns = {"asked": asked, "answers": {}}, self.turns if self.mode == CHAT else []
         for number, chosen in enumerate(self.chosen):
             side, printed = Side(*chosen), 0
@@ -631,6 +645,7 @@ class Terminal:
                 break
         if turn["answers"]:
             self.turns = [*self.turns, turn][-MAX_TURNS:]
+        return bool(turn["answers"])
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[Callable[[], bool]]:
