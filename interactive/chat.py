@@ -140,7 +140,8 @@ def together(answers: Sequence[Iterator[None]]) -> Iterator[None]:
 
 
 CSS = """
-.gradio-container { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; --accent: #0f766e; --wash: #0f766e1a; --quiet: #57534e; --line: #e7e5e4; --card: #ffffff; --bad: #b42318; --badwash: #b4231812;
+.gradio-container { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; --accent: #0f766e;
+  --wash: #0f766e1a; --quiet: #57534e; --line: #e7e5e4; --card: #ffffff; --bad: #b42318; --badwash: #b4231812;
   max-width: 1180px !important; margin: 0 auto !important; }
 .dark .gradio-container, .gradio-container.dark { --accent: #2dd4bf; --wash: #2dd4bf26; --quiet: #b5aea8; --line: #44403c;
   --card: #1c1917; --bad: #fda29b; --badwash: #fda29b1f; }

@@ -409,7 +409,8 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    """What an error says, in one line."""
+    return " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])[:300] or type(error).__name__
 
 
 # ---- From a text to ids ---------------------------------------------------------------------------------------------
