@@ -469,7 +469,7 @@ def text_prompt(model: LanguageModel, text: str, new_tokens: int) -> Prompt:
         notes.append(f"{', '.join(special)}: read as plain characters, not as a special token.")
     if text[-1] == " ":
         notes.append("The text ends with a space. Most tokens begin with theirs: without it, the text goes on more naturally.")
-    ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids  # it will be cut
     return _fitted(model, list(model.start), ids, text, new_tokens, notes)
 
 
@@ -501,7 +501,7 @@ def chat_prompt(model: LanguageModel, messages: Sequence[dict[str, str]], new_to
             rendered = model.tokenizer.apply_chat_template(said[left_out:], tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template of {model.run} ({model.milestone}) refuses this conversation: {_line(error)}") from error
-        ids = model.tokenizer(rendered, add_special_tokens=False).input_ids
+        ids = model.tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
         if len(ids) <= room:
             break
     if left_out:
