@@ -191,9 +191,9 @@ class Gate:
 
     def __call__(self, *given):
         self.calls += 1
-        if self.left:
+        if left := self.left:  # another thread may open it right now
             time.sleep(0.01)
-            self.left.acquire(timeout=60)
+            left.acquire(timeout=60)
         return self.compute(*given)
 
 
@@ -258,12 +258,14 @@ def choose(page, box, option):
 
 
 def write(page, text, button="#write"):
+    """What was there before is marked, so that `done` waits for what comes."""
+    page.evaluate("document.querySelector('.board').dataset.old = 1")
     page.fill("#text textarea", text)
     page.click(button)
 
 
 def done(page):
-    page.wait_for_selector(".card[aria-busy=false]")
+    page.wait_for_selector(".board:not([data-old]) .card[aria-busy=false]")
     page.wait_for_selector("#write:not([disabled])")
     return [card.inner_text() for card in page.query_selector_all(".card")]
 
@@ -299,8 +301,9 @@ def test_choose_type_stream_stop_retry_clear(page, gate):
     done(page)
     assert page.inner_text(".written") == first  # same seed, same text: same answer
     page.click("#more")
-    page.wait_for_function("before => document.querySelector('#text textarea').value === before", arg="The cat sat on the mat" + first)
+    page.wait_for_function("document.querySelector('#text textarea').value.length > 22")
     done(page)
+    assert page.input_value("#text textarea").startswith("The cat sat on the mat") and len(page.inner_text(".typed")) > 22
     page.click("#clear")
     page.wait_for_selector(".board .empty")
     assert page.input_value("#text textarea") == ""
@@ -390,11 +393,12 @@ def test_errors_are_text_on_the_page(page, root, gate):
     assert "tokens/s" in done(page)[0]
 
 
-def test_hostile_text_is_shown_and_nothing_else(page):
-    write(page, HOSTILE)
-    [card] = done(page)
-    assert page.inner_text(".typed") == HOSTILE and "read as plain characters" in card
-    assert page.title() == "BabyLM models · models" and page.query_selector(".board script, .board img") is None
+def test_hostile_text_is_shown_and_nothing_else(page, watched):
+    for text in ("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "${alert(3)} {{value}} </s>"):
+        write(page, text)
+        [card] = done(page)
+        assert page.inner_text(".typed") == text and page.query_selector(".board script, .board img") is None
+    assert "</s>: read as plain characters" in card and watched[2] == []
     write(page, "word " * 300)
     page.wait_for_selector(".notes:has-text('64 positions')")
     done(page)
@@ -443,12 +447,14 @@ CONTRAST = """() => {
 def test_the_api_of_the_page_is_no_way_around_it(address, root):
     """Crafted calls: no path outside the models folder is read, no file is served, nothing can be uploaded."""
     config = json.load(urllib.request.urlopen(f"{address}config"))
-    for function in (one["id"] for one in config["dependencies"] if len(one["inputs"]) > 8):
+    functions = [one["id"] for one in config["dependencies"] if len(one["inputs"]) > 8]
+    assert len(functions) == 4  # write, next token, retry, write on
+    for function in functions:
         for run, milestone in (("../../etc", "main"), (str(root / "gpt2"), "main"), ("gpt2", "../group/moep"), ("gpt2", "run")):
             data = ["The cat", CONTINUE, run, milestone, False, "gpt2", "main", 0, 0, 1, 1, 5, 1, None]
             answer = call(address, function, data)
             assert "tokens/s" not in answer and ("error" in answer or "no run" in answer), answer
-    assert "tokens/s" in call(address, function, ["The cat", CONTINUE, "gpt2", "main", False, "gpt2", "main", 0, 0, 1, 1, 5, 1, None])
+    assert "tokens/s" in call(address, functions[0], ["The cat", CONTINUE, "gpt2", "main", False, "gpt2", "main", 0, 0, 1, 1, 5, 1, None])
     for path in (root / "gpt2" / "config.json", "/etc/passwd", "models", Path(chat.__file__)):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}gradio_api/file={path}")
