@@ -408,6 +408,17 @@ def test_a_moep_folder_runs_the_code_that_is_installed_here(root, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_code_beside_a_known_architecture_never_runs(root, own_code):
+    """A config may name code of its own for GPT-2 too: transformers would run it if it were trusted."""
+    folder, mark = own_code
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    for trust in (False, True):
+        model = ModelsFolder(folder.parent, trust_remote_code=trust).load("own", "main")
+        assert type(model.model).__name__ == "GPT2LMHeadModel" and "modeling_own.py in this folder differs" in model.notes[0]
+    assert not mark.exists()
+
+
 def test_a_pickle_is_never_opened(root, tmp_path):
     folder = tmp_path / "models" / "run"
     shutil.copytree(root / "gpt2", folder)
