@@ -716,8 +716,8 @@ def main() -> None:
         _, address, _ = demo.launch(server_name=arguments.host, server_port=arguments.port, share=arguments.share, quiet=True,
                                     prevent_thread_lock=True)
     except OSError as error:
-        raise UserError(f"cannot listen on {arguments.host}, port {arguments.port or '7860 to 7959'}: taken, or not allowed; choose another "
-                        "--port or --host") from error
+        raise UserError(f"cannot listen on {arguments.host}, port {arguments.port or '7860 to 7959'}: taken, or not allowed; choose "
+                        "another --port or --host") from error
     print(f"chat with {place.title}: {demo.share_url or address} (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         demo.block_thread()
