@@ -167,7 +167,7 @@ runpy.run_path(sys.argv[2] + "/app.py")
 """
     env = {**os.environ, "HF_ENDPOINT": stub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", program, tmp_path, tmp_path / "space", *examples], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=200)
+                          capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, run in (("tiny", runs("plain")), ("moep", runs("moep"))):
         for weights, folder in zip(torch.load(tmp_path / f"{name}.pt"), (run, run / "chck_8"), strict=True):
