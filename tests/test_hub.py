@@ -299,6 +299,7 @@ def test_what_the_hub_refuses_is_said_clearly(runs, stub, monkeypatch, told, mes
     with pytest.raises(UserError, match=re.compile(message, re.S)):
         call(runs("plain"), "--repo", told.get("repo", "org/tiny"), *told.get("more", []))
     assert "main" not in commits(stub)
+    assert len(set(commits(stub))) == len(commits(stub)), "what will not change was tried again"
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(runs, stub):
