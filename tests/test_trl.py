@@ -1,0 +1,343 @@
+"""GRPO, RLOO and DPO learn a toy reward, stay near the reference when told to, and leave out what could not be scored."""
+
+import importlib
+import json
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from babylm import models, run_folder
+from babylm.config import ModelSection, RLConfig, UserError, check
+from babylm.run_folder import Preempted
+from interactive import rl_run, rollout, trltrainer
+from interactive.rollout import Sample
+
+TOKEN = 266  # what the toy reward likes: a token that begins a word
+SIZES = {"grpo": {"grpo": {"group": 4, "beta": 0.0}}, "rloo": {"rloo": {"group": 4, "beta": 0.0}},
+         "dpo": {"dpo": {"prompts_per_round": 64, "beta": 0.1}}}
+
+
+class Toy:
+    """A reward made of a function of (prompt, completion ids)."""
+
+    weight = 1.0
+
+    def __init__(self, function, name="toy"):
+        self.function, self.__name__, self.counts = function, name, Counter()
+
+    def __call__(self, prompts, completions, completion_ids, **_):
+        return [self.function(prompt, ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def students(tokenizer, tmp_path_factory):
+    """students("gpt2") -> folder of a tiny checkpoint with dropout."""
+    folder = tmp_path_factory.mktemp("students")
+
+    def path(architecture):
+        if not (folder / architecture).exists():
+            (folder / architecture).mkdir()
+            section = ModelSection(architecture=architecture, layers=1, width=16, heads=2, max_positions=64, dropout=0.3)
+            model = models.build_model(section, tokenizer, seed=1)
+            if architecture == "gpt2":  # a bandit with arms worth trying: the end and one token are likely enough to be met
+                with torch.no_grad():
+                    model.transformer.ln_f.bias[0] = 1
+                    model.transformer.wte.weight[tokenizer.eos_token_id, 0], model.transformer.wte.weight[TOKEN, 0] = 4, 4
+            models.save_model(model, tokenizer, folder / architecture)
+        return folder / architecture
+
+    return path
+
+
+@pytest.fixture
+def opened(tmp_path, corpus, students, monkeypatch):
+    """opened("grpo", reward, training={...}, ...) -> (config, run, policy): a run of stage 6 with a toy reward, ready to train."""
+    monkeypatch.setattr(run_folder, "_opened", [])
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # accelerate calls it in every train(): half a second with all that pytest holds
+
+    def build(algorithm, function, name="run", student="gpt2", **changes):
+        values = {"name": name, "output": str(tmp_path), "seed": 1, "algorithm": algorithm, "model": {"path": str(students(student))},
+                  "data": {"corpus": str(corpus), "seq_len": 32, "eval_blocks": 2}, "prompts": {"count": 8, "max_tokens": 3},
+                  "generation": {"max_new_tokens": 6}, "rewards": [{"kind": "random"}],
+                  "checkpoints": {"milestones": False, "save_steps": 1000}, "logging": {"eval_prompts": 4, "logging_steps": 1}}
+        values |= {key: values.get(key, {}) | change if isinstance(change, dict) else change for key, change in changes.items()}
+        values[algorithm] = {**SIZES[algorithm][algorithm], **values.get(algorithm, {})}
+        values["training"] = {"steps": 4, "batch_size": 32, "lr": 1e-2, "device": "cpu", **values.get("training", {})}
+        config = check(RLConfig, values, "x.yaml")
+        inputs = rl_run.load_inputs(config)
+        folder = rl_run.open_run(config, inputs)
+        policy, reference = (models.load_causal_lm(config.model.path) for _ in range(2))
+        return config, rl_run.RLRun(config, folder, inputs, reference, [Toy(function)], torch.device("cpu")), policy
+
+    return build
+
+
+def rows(run, kind):
+    return [row for row in map(json.loads, run.folder.metrics.read_text().splitlines()) if row["kind"] == kind]
+
+
+def gradients_of(state, trainer, steps=1):
+    """Train, and return the gradients of the first `steps` optimizer steps, by name."""
+    seen = []
+
+    def note(*_):
+        seen.append({name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None})
+
+    state.optimizer.register_step_pre_hook(note)
+    state.run.start(state.model)
+    if state.config.algorithm == "dpo":
+        trltrainer.dpo_round(trainer, state)
+    else:
+        trainer.train()
+    return seen[:steps]
+
+
+def logprobs_by_hand(model, sample, temperature):
+    """Log-probabilities of a completion's tokens, from one row without padding, [R]."""
+    ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
+    logits = model(input_ids=ids).logits[0, len(sample.prompt_ids) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(sample.completion_ids)[:, None])[:, 0]
+
+
+def require_close(found, loss, model):
+    """The gradients of `loss` on `model` are those that were found."""
+    loss.backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+    assert largest > 1e-3
+
+
+def perturbed(model):
+    """The model with other weights: a reference that differs from the policy from the first step on."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+# ---- Learning -------------------------------------------------------------------------------------------------------
+
+
+def likes_a_token(_, ids):
+    return ids.count(TOKEN) / len(ids)
+
+
+def likes_short(_, ids):
+    return -len(ids) / 6
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dpo"])
+@pytest.mark.parametrize("reward", [likes_a_token, likes_short])
+def test_a_toy_reward_is_learned(opened, algorithm, reward, monkeypatch):
+    base_trainer = importlib.import_module("trl.trainer.base_trainer")
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda *_, **__: pytest.fail("TRL reported its use to a server"))
+    config, run, policy = opened(algorithm, reward, training={"steps": 3 if algorithm == "dpo" else 9, "lr": 2e-2},
+                                 logging={"eval_prompts": 32, "logging_steps": 100})
+    trltrainer.train(config, run, policy)
+    first, last = rows(run, "eval")[0], rows(run, "eval")[-1]
+    assert last["reward"] - first["reward"] > 0.3
+    assert last["kl"] > 0.3, "nothing holds the policy back here: what is held back in the next test was free to move"
+    saved = models.load_causal_lm(str(run.folder.root))
+    start = models.load_causal_lm(config.model.path)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(saved.config, name) == getattr(start.config, name)
+    assert saved.config.resid_pdrop == 0.3, "dropout is off in training, not in the model's config"
+    assert "generated_from_trainer" not in (run.folder.root / "README.md").read_text() and not (run.folder.run / "README.md").exists()
+
+
+@pytest.mark.parametrize("algorithm, lr", [("grpo", 3e-3), ("rloo", 3e-3), ("dpo", 1e-3)])
+def test_a_large_beta_holds_the_policy_near_the_reference(opened, algorithm, lr):
+    """With these learning rates and 15 steps (5 rounds), KL comes to 1.7 (grpo, rloo, beta 0) and 0.55 (dpo, beta 0.1)."""
+    config, run, policy = opened(algorithm, likes_a_token, training={"steps": 5 if algorithm == "dpo" else 15, "lr": lr},
+                                 logging={"eval_prompts": 32, "logging_steps": 100}, **{algorithm: {"beta": 10.0}})
+    trltrainer.train(config, run, policy)
+    assert 0 < rows(run, "eval")[-1]["kl"] < 0.3
+
+
+# ---- Gradients by hand ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_device", [16, 4])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_gradients_are_those_of_the_scored_completions_alone(opened, algorithm, per_device):
+    """One test for many traps: dropout, left padding, positions, tokens after the end, accumulation, excluded completions."""
+
+    def some(_, ids):  # excludes about a third; the groups of one prompt keep 0 to 4 completions
+        return None if sum(ids) % 3 == 0 else ids.count(TOKEN) / len(ids)
+
+    beta, temperature = 0.3, 0.7
+    config, run, policy = opened(algorithm, some, generation={"temperature": temperature, "max_new_tokens": 6},
+                                 training={"steps": 1, "batch_size": 16, "per_device_batch_size": per_device, "grad_clip": 0},
+                                 **{algorithm: {"beta": beta}})
+    perturbed(run.reference)
+    start = models.load_causal_lm(config.model.path)  # in eval mode
+    state = trltrainer.PolicyState(config, run, policy)
+    trainer = trltrainer.group_trainer(state)
+    (found,) = gradients_of(state, trainer)
+    samples = trainer.everyone
+    assert len({len(s.prompt_ids) for s in samples}) > 1 and len({len(s.completion_ids) for s in samples}) > 1
+    groups = [samples[i : i + 4] for i in range(0, 16, 4)]
+    assert all(len({s.prompt for s in group}) == 1 for group in groups) and len({group[0].prompt for group in groups}) == 4
+    assert {0 < sum(s.reward is not None for s in group) < 4 for group in groups} >= {True}
+    again = rollout.sample(start, run.tokenizer, [s.prompt for s in samples], rollout.seeds_of(1, 0, range(16)), max_new_tokens=6,
+                           temperature=temperature)
+    assert [s.completion_ids for s in again] == [s.completion_ids for s in samples], "sampled otherwise than the policy does in eval mode"
+
+    terms, tokens, scored = [], 0, 0
+    for group in groups:
+        valid = [s for s in group if s.reward is not None]
+        logprobs = [logprobs_by_hand(start, s, temperature) for s in valid]
+        with torch.no_grad():
+            reference = [logprobs_by_hand(run.reference, s, temperature) for s in valid]
+        rewards = torch.tensor([s.reward for s in valid])
+        scored += len(valid)
+        if algorithm == "grpo":
+            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4) if len(valid) > 1 else torch.zeros(len(valid))
+        else:
+            rewards = rewards - beta * torch.tensor([float((p.detach() - r).sum()) for p, r in zip(logprobs, reference, strict=True)])
+            total, others = rewards.sum(), len(valid) - 1
+            advantages = rewards - (total - rewards) / others if others > 0 else torch.zeros(len(valid))
+        for advantage, mine, theirs in zip(advantages, logprobs, reference, strict=True):
+            tokens += len(mine)
+            if algorithm == "grpo":
+                kl = (theirs - mine).exp() - (theirs - mine) - 1
+                ratio = (mine - mine.detach()).exp()  # 1, but not its gradient
+                terms.append(((beta * kl - advantage) * ratio).sum())
+            else:
+                terms.append(-advantage * (mine.sum() - mine.sum().detach()).exp())
+    require_close(found, torch.stack(terms).sum() / (tokens if algorithm == "grpo" else scored), start)
+    assert rows(run, "train")[0]["excluded"] == 16 - scored > 0
+
+
+@pytest.mark.parametrize("reference", ["start", "round"])
+def test_dpo_learns_from_the_sampled_tokens_of_untied_pairs(opened, reference):
+    def some(prompt, ids):
+        return None if sum(ids) % 5 == 0 else float(ids.count(TOKEN) > 0)
+
+    beta, temperature = 0.2, 0.7
+    config, run, policy = opened("dpo", some, generation={"temperature": temperature, "max_new_tokens": 6},
+                                 dpo={"beta": beta, "reference": reference, "prompts_per_round": 32},
+                                 training={"steps": 1, "batch_size": 64, "grad_clip": 0})
+    perturbed(run.reference)
+    start = models.load_causal_lm(config.model.path)
+    state = trltrainer.PolicyState(config, run, policy)
+    (found,) = gradients_of(state, trltrainer.dpo_trainer(state))
+    samples = rollout.sample(start, run.tokenizer, [p for p in run.prompts.batch(0, 32) for _ in range(2)],
+                             rollout.seeds_of(1, 0, range(64)), max_new_tokens=6, temperature=temperature)
+    assert any(not s.finished for s in samples), "one that was cut at its limit: TRL would append an end token"
+    losses, ties, excluded = [], 0, 0
+    for one, other in zip(samples[::2], samples[1::2], strict=True):
+        a, b = some("", one.completion_ids), some("", other.completion_ids)
+        if a is None or b is None:
+            excluded += 1
+        elif a == b:
+            ties += 1
+        else:
+            better, worse = (one, other) if a > b else (other, one)
+            old = run.reference if reference == "start" else models.load_causal_lm(config.model.path)
+            with torch.no_grad():
+                theirs = logprobs_by_hand(old, better, temperature).sum() - logprobs_by_hand(old, worse, temperature).sum()
+            mine = logprobs_by_hand(start, better, temperature).sum() - logprobs_by_hand(start, worse, temperature).sum()
+            losses.append(-torch.nn.functional.logsigmoid(beta * (mine - theirs)))
+    require_close(found, torch.stack(losses).mean(), start)
+    row = rows(run, "train")[0]
+    assert (row["pairs"], row["ties"], row["excluded_pairs"]) == (len(losses), ties, excluded)
+    assert min(len(losses), ties, excluded) > 0
+
+
+def test_pairs_are_ranked_and_what_is_left_out_is_counted():
+    rewards = [1.0, 2.0, 3.0, 1.0, 0.5, 0.5, None, 1.0, 2.0, None, None, None, 0.3, 0.1 + 0.2]
+    samples = [Sample("", "", [1], [2], True, reward=reward) for reward in rewards]
+    pairs, counts = trltrainer.rank(samples)
+    assert [(p.chosen, p.rejected) for p in pairs] == [(1, 0), (2, 3)]
+    assert counts == {"pairs": 2, "ties": 2, "excluded_pairs": 3}
+
+
+@pytest.mark.parametrize("student", ["gpt2", "llama", "gptj"])
+def test_no_dropout_is_left_once_it_is_switched_off(students, student):
+    model = models.load_causal_lm(str(students(student))).train()
+    ids = torch.arange(3, 40)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    trltrainer.switch_off_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# ---- Budget, resume, errors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm, changes", [("rloo", {}), ("dpo", {"dpo": {"prompts_per_round": 16}})])
+def test_words_generated_end_the_run_and_place_milestones(opened, algorithm, changes):
+    config, run, policy = opened(algorithm, lambda _, ids: sum(ids) % 7, checkpoints={"milestones": False, "extra_words": [30]},
+                                 training={"steps": None, "words": 60, "lr": 1e-4}, **changes)
+    trltrainer.train(config, run, policy)
+    words = [row["words"] for row in rows(run, "train")]
+    assert words[-1] >= 60 > words[-2] > 0 and run.folder.already_finished()["generated_words"] == words[-1]
+    assert rows(run, "milestone")[0]["name"] == "chck_30"
+    models.load_causal_lm(str(run.folder.root / "chck_30"))
+
+
+@pytest.mark.parametrize("algorithm, changes", [
+    ("grpo", {"grpo": {"epochs": 2, "beta": 0.04}, "training": {"per_device_batch_size": 8}}),
+    ("rloo", {"rloo": {"beta": 0.05}}),
+    ("dpo", {"dpo": {"epochs": 2, "reference": "round", "prompts_per_round": 8}, "training": {"batch_size": 8}})])
+def test_a_resumed_run_ends_with_the_same_weights(opened, algorithm, changes):
+    changes = {**changes, "training": {"steps": 4, "schedule": "linear", "warmup_steps": 2, **changes.get("training", {})}}
+    config, whole, policy = opened(algorithm, likes_a_token, name="whole", **changes)
+    trltrainer.train(config, whole, policy)
+
+    config, run, policy = opened(algorithm, likes_a_token, name="stopped", **changes)
+    scored = run.score
+
+    def stop_in_step_2(samples):
+        scored(samples)
+        run.stop.signal_name = "SIGTERM" if run.step == 1 else ""
+
+    run.score = stop_in_step_2
+    with pytest.raises(Preempted, match="SIGTERM at step 2; the same command continues there"):
+        trltrainer.train(config, run, policy)
+    config, run, policy = opened(algorithm, likes_a_token, name="stopped", **changes)
+    assert run.step == 2
+    trltrainer.train(config, run, policy)
+    ends = [load_file(r.folder.root / "model.safetensors") for r in (whole, run)]
+    start = models.load_causal_lm(config.model.path).state_dict()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert any(not torch.equal(ends[0][name], start[name]) for name in ends[0])
+    passing = {"seconds", "tokens_per_s"}
+    assert [{k: v for k, v in row.items() if k not in passing} for row in rows(whole, "train")] == [
+        {k: v for k, v in row.items() if k not in passing} for row in rows(run, "train")]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_a_failing_reward_or_step_stops_the_run(opened, algorithm):
+    def fails(*_):
+        raise RuntimeError("the judge is gone")
+
+    config, run, policy = opened(algorithm, fails, name="a", logging={"eval_prompts": 0})
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        trltrainer.train(config, run, policy)
+    assert not run.folder.already_finished()
+
+    config, run, policy = opened(algorithm, lambda *_: None, name="b", logging={"eval_prompts": 0})
+    with pytest.raises(UserError, match="none of the (32|128) completions could be given a reward"):
+        trltrainer.train(config, run, policy)
+
+    def poisons(_, ids):  # the weights break between sampling and learning
+        policy.transformer.h[0].mlp.c_fc.weight.data.fill_(torch.nan)
+        return likes_a_token(_, ids)
+
+    config, run, policy = opened(algorithm, poisons, name="c", logging={"eval_prompts": 0})
+    with pytest.raises(UserError, match="NaN or infinite at step 1"):
+        trltrainer.train(config, run, policy)
+
+
+def test_what_is_missing_or_does_not_divide_is_said_before_anything_is_computed(opened, monkeypatch):
+    config, run, policy = opened("dpo", likes_a_token, training={"batch_size": 30, "per_device_batch_size": 15})
+    with pytest.raises(UserError, match="a device would get 15 completions at once"):
+        trltrainer.train(config, run, policy)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match="algorithm: dpo needs the package trl: pip install trl"):
+        trltrainer.train(config, run, policy)
