@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,6 @@ def convert_to_gguf(model: Path, target: Path, options: Options) -> Path:
 
 # ---- A Space that runs the chat -------------------------------------------------------------------------------------------
 
-PACKAGES = {"yaml": "PyYAML"}  # where a package is imported by another name
 TOP = ("interactive", "babylm", "eval", "custom_dataset", "modeling_moep")  # this project's own modules
 
 
@@ -336,21 +336,22 @@ def space_files(repo: str, space: str, licence: str | None = None) -> dict[str, 
         space: the Space, org/name.
 
     Raises:
-        UserError: this copy of the project has no chat, or no version of a package that it needs.
+        UserError: this copy of the project has no chat, or a package that it imports is neither pinned nor installed.
     """
     if not (PROJECT / CHAT).is_file():
         raise UserError(f"--space: {PROJECT / CHAT} is not there: take a whole copy of this project")
     modules, packages = _imports_of(CHAT)
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (PROJECT / "requirements.txt").read_text(encoding="utf-8"), re.M))
-    always = {"gradio", "transformers", "tokenizers", "safetensors"}
-    needed = sorted({PACKAGES.get(name, name) for name in packages} | always, key=str.lower)
-    if missing := [name for name in needed if name not in pins]:
-        raise UserError(f"--space: requirements.txt pins no version of {', '.join(missing)}, which the chat imports: add one")
+    installed = metadata.packages_distributions()  # {"yaml": ["PyYAML"]}: some are imported by another name
+    if missing := sorted(name for name in packages if name not in installed):
+        raise UserError(f"--space: the chat imports {', '.join(missing)}, which is not installed: pip install -r requirements.txt")
+    needed = sorted({installed[name][0] for name in packages} | {"gradio", "transformers", "tokenizers", "huggingface_hub"}, key=str.lower)
+    text = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
+    pins = {name: metadata.version(name) for name in needed} | dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.M))
     title = space.split("/")[1]
-    metadata = {"title": title, "emoji": "💬", "colorFrom": "blue", "colorTo": "green", "sdk": "gradio", "sdk_version": pins["gradio"],
+    header = {"title": title, "emoji": "💬", "colorFrom": "blue", "colorTo": "green", "sdk": "gradio", "sdk_version": pins["gradio"],
                 "python_version": f"{sys.version_info[0]}.{sys.version_info[1]}", "app_file": "app.py", "pinned": False, "models": [repo],
                 **({"license": licence} if licence else {})}
-    readme = (f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n# {title}\n\nA page that lets "
+    readme = (f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n# {title}\n\nA page that lets "
               f"[{repo}](https://huggingface.co/{repo}) write, a small language model of the BabyLM pipeline. It continues text; it was "
               "not taught to answer.\n")
     app = f'"""Shows {repo} on a page; the code is that of the pipeline which trained it."""\n\nfrom interactive.chat import space\n\n' \

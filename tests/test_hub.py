@@ -167,7 +167,7 @@ runpy.run_path(sys.argv[2] + "/app.py")
 """
     env = {**os.environ, "HF_ENDPOINT": stub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", program, tmp_path, tmp_path / "space", *examples], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=200)
+                          capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, run in (("tiny", runs("plain")), ("moep", runs("moep"))):
         for weights, folder in zip(torch.load(tmp_path / f"{name}.pt"), (run, run / "chck_8"), strict=True):
@@ -299,6 +299,7 @@ def test_what_the_hub_refuses_is_said_clearly(runs, stub, monkeypatch, told, mes
     with pytest.raises(UserError, match=re.compile(message, re.S)):
         call(runs("plain"), "--repo", told.get("repo", "org/tiny"), *told.get("more", []))
     assert "main" not in commits(stub)
+    assert len(set(commits(stub))) == len(commits(stub)), "what will not change was tried again"
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(runs, stub):

@@ -278,6 +278,7 @@ def test_merging_keeps_what_base_and_adapter_compute(adapter, base, tokenizer, t
     merged = models.merge_adapters(together)
     again = AutoModelForCausalLM.from_pretrained(saved(merged, tokenizer, tmp_path))
     expected = logits(together)
+    assert torch.equal(logits(models.load_adapted_model(folder, mode, "fp32")), expected)
     scale = expected.abs().max()
     with together.disable_adapter():
         update = (logits(together) - expected).abs().max() / scale

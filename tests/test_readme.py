@@ -117,8 +117,11 @@ def small(command: str) -> list[str]:
         words += ["model.layers=3", "model.parallel_width=8", "model.parallel_heads=2"] if "train_moep" in text else []
     if "combine_babylm.py --input" in text:
         words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
+    if "interactive.chat" in text:
+        words += [] if "--terminal" in words else ["--terminal"]  # which ends with its input; the page is tested in a browser
+        words = ["models/demo-s9" if word == "models" else word for word in words]
     stand_ins = {"models/A": "teacher", "models/B": "student", "models/5-gram": "5-gram", "models/GPT2-Small-BabyLM-CE": "baseline",
-                 "models/GPT2-Small-Distilled": "student"}
+                 "models/GPT2-Small-Distilled": "student", "models/GPT2-Small-Distilled-RL": "ppo"}
     if "ppo.py" in text:
         words += ["training.words=null", "training.steps=2", "training.batch_size=4", "training.precision=fp32", "data.seq_len=32",
                   "data.corpus=data/demo-s9/corpus", "data.eval_blocks=4", "model.path=models/demo-s9/student", "prompts.source=corpus",
