@@ -163,7 +163,7 @@ def trainer_arguments(state: PolicyState, per_device: int, accumulation: int) ->
     training, run = state.config.training, state.run
     return {"output_dir": str(run.folder.run), "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
             "learning_rate": training.lr, "lr_scheduler_type": "constant", "max_grad_norm": training.grad_clip, "seed": state.config.seed,
-            "bf16": training.precision == "bf16", "fp16": False, "use_cpu": run.device.type == "cpu", "disable_dropout": True,
+            "bf16": training.precision == "bf16", "fp16": False, "use_cpu": run.device.type == "cpu",
             "gradient_checkpointing": training.gradient_checkpointing, "router_aux_loss_coef": 0.0,
             # The run decides when to log, validate and save.
             "logging_strategy": "no", "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
