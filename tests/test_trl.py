@@ -137,14 +137,13 @@ def test_a_toy_reward_is_learned(opened, algorithm, reward, monkeypatch):
     monkeypatch.setattr(base_trainer, "send_telemetry", lambda *_, **__: pytest.fail("TRL reported its use to a server"))
     config, run, policy = opened(algorithm, reward, training={"steps": 3 if algorithm == "dpo" else 9, "lr": 2e-2},
                                  logging={"eval_prompts": 32, "logging_steps": 100})
+    policy.config.pad_token_id = None  # as in models whose pad token is their end token
     trltrainer.train(config, run, policy)
     first, last = rows(run, "eval")[0], rows(run, "eval")[-1]
     assert last["reward"] - first["reward"] > 0.3
     assert last["kl"] > 0.3, "nothing holds the policy back here: what is held back in the next test was free to move"
     saved = models.load_causal_lm(str(run.folder.root))
-    start = models.load_causal_lm(config.model.path)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        assert getattr(saved.config, name) == getattr(start.config, name)
+    assert saved.config.pad_token_id is None, "TRL wrote its own"
     assert saved.config.resid_pdrop == 0.3, "dropout is off in training, not in the model's config"
     assert "generated_from_trainer" not in (run.folder.root / "README.md").read_text() and not (run.folder.run / "README.md").exists()
 
