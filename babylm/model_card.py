@@ -40,13 +40,8 @@ def model_card(root: Path, result: dict[str, Any], model: Path, repo: str | None
     sections = [
         f"# {repo.split('/')[1] if repo else config['name']}",
         _what_it_is(config, record, result, shape, adapter),
-<<<<<<< HEAD
-        _use(repo or f"path/to/{config['name']}", bool(repo), rows, own_code, bool(adapter), gguf),
-        _results(config, result), _curve(rows, scores or {}, "algorithm" in config), _scores(scores),
-=======
         _use(repo or f"path/to/{config['name']}", bool(repo), rows, own_code, shape, bool(adapter), gguf),
-        _results(config, result), _curve(rows, scores or {}), _scores(scores),
->>>>>>> e1747640f1c04273dcba085ea8cda66dd8bd5d4f
+        _results(config, result), _curve(rows, scores or {}, "algorithm" in config), _scores(scores),
         _data(config, result["ledger"]),
         "## Word ledger\n\n" + ledger_text(result["ledger"]) + "\n\nThe record that this follows from is `ledger` in `run/finished.json`.\n"
         "Names such as `models/x` are folders of the machine it was trained on.",
