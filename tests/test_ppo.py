@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from babylm import models
 from babylm.config import KLSection, ModelSection, MoEPModelSection, RLConfig, UserError, check
@@ -207,6 +208,7 @@ def build(policies, corpus, tmp_path):
         for section, keys in sections.items():
             values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
         config = check(RLConfig, values, "test")
+        AcceleratorState._reset_state()  # its precision is that of the first run in a process
         inputs = rl_run.load_inputs(config)
         opened = rl_run.open_run(config, inputs)
         policy, reference = (models.load_causal_lm(config.model.path) for _ in range(2))
@@ -252,9 +254,9 @@ def test_a_large_kl_coefficient_holds_the_policy_near_the_reference(build, kl):
 # ---- The update -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_before_the_first_change_the_ratio_is_1_and_the_kl_0(build, name):
-    run, trainer = build([low_tokens()], name=name, ppo={"epochs": 1, "kl": {"coefficient": 0.1}})
+@pytest.mark.parametrize(("name", "precision"), [("llama", "fp32"), ("gpt2", "fp32"), ("llama", "bf16")])
+def test_before_the_first_change_the_ratio_is_1_and_the_kl_0(build, name, precision):
+    run, trainer = build([low_tokens()], name=name, training={"precision": precision}, ppo={"epochs": 1, "kl": {"coefficient": 0.1}})
     samples = trainer.rollout()
     assert all(not s.values.any() for s in samples)  # the value of everything is 0 at first
     terms = trainer.update(samples)
