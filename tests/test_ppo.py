@@ -84,6 +84,7 @@ def test_the_adaptive_coefficient_moves_towards_its_target_by_bounded_steps():
     assert ppotrainer.adapted(1.0, 0.11, 50, section) == pytest.approx(1 + 0.1 * 0.5)
     assert ppotrainer.adapted(1.0, 9.0, 50, section) == pytest.approx(1.1)
     assert ppotrainer.adapted(1.0, 0.0, 50, section) == pytest.approx(0.9)
+    assert ppotrainer.adapted(1.0, 0.0, 1000, section) == pytest.approx(0.8)  # a batch larger than the horizon must not turn the sign
     assert ppotrainer.adapted(1.0, 9.0, 50, KLSection(control="fixed")) == 1.0
 
 
@@ -243,7 +244,7 @@ def test_a_policy_learns_a_length(build):
 
 
 @pytest.mark.parametrize("kl", [{"coefficient": 5.0}, {"coefficient": 5.0, "where": "loss"},
-                                {"coefficient": 1.0, "control": "adaptive", "target": 0.005, "horizon": 8}])
+                                {"coefficient": 1.0, "control": "adaptive", "target": 0.005, "horizon": 64}])
 def test_a_large_kl_coefficient_holds_the_policy_near_the_reference(build, kl):
     run, trainer = build([low_tokens()], ppo={"value_lr": 1e-2, "kl": kl})
     trainer.train()
