@@ -167,6 +167,12 @@ def test_log_probabilities_are_the_same_for_left_and_right_padding_and_for_the_s
     assert next(found, None) is None
 
 
+def test_the_gain_is_paired_by_completion():
+    first, last = {"rewards": [0.0, 1.0, None, 2.0]}, {"rewards": [1.0, 3.0, 5.0, 2.0]}  # gains 1, 2, 0
+    assert rl_run.paired_gain(first, last) == {"mean": 1.0, "se": pytest.approx(math.sqrt(1 / 3)), "n": 3}
+    assert rl_run.paired_gain({}, {}) is None
+
+
 def test_words_of_a_completion_are_those_it_adds():
     def words(prompt, completion):
         return Sample(prompt, completion, [], [], True).words
