@@ -14,7 +14,6 @@ What TRL does otherwise, and why it is not left to it here:
 TRL is imported where it is used: installations that do not train by these algorithms need not have it.
 """
 
-import contextlib
 import copy
 import math
 import warnings
@@ -164,7 +163,7 @@ def trainer_arguments(state: PolicyState, per_device: int, accumulation: int) ->
     training, run = state.config.training, state.run
     return {"output_dir": str(run.folder.run), "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
             "learning_rate": training.lr, "lr_scheduler_type": "constant", "max_grad_norm": training.grad_clip, "seed": state.config.seed,
-            "bf16": training.precision == "bf16", "fp16": False, "use_cpu": run.device.type == "cpu", "disable_dropout": True,
+            "bf16": training.precision == "bf16", "fp16": False, "use_cpu": run.device.type == "cpu",
             "gradient_checkpointing": training.gradient_checkpointing, "router_aux_loss_coef": 0.0,
             # The run decides when to log, validate and save.
             "logging_strategy": "no", "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -438,28 +437,35 @@ def dpo_round(trainer: Any, state: PolicyState) -> None:
     samples = run.gather(rows, mine)
     pairs, counts = rank(samples)
     kl = torch.cat([s.logprobs - s.reference_logprobs for s in samples]).mean()
+    terms = {"kl": float(kl), **counts, "lr": config.training.lr * run.learning_rate_share()}
     if pairs:
         from datasets import Dataset
 
-        trainer.train_dataset = Dataset.from_list(round_items(pairs, samples, state))
-        with contextlib.redirect_stdout(None):
-            trainer.train()
-        for theirs, ours in {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}.items():
-            values = trainer._metrics["train"].get(theirs, [])
-            state.report(**({ours: sum(values) / len(values)} if values else {}))
-        trainer._metrics["train"].clear()
-    terms = {"kl": float(kl), **counts, **state.take_terms(), "lr": config.training.lr * run.learning_rate_share()}
+        items = round_items(pairs, samples, state)
+        trainer.train_dataset = Dataset.from_list(items)
+        trainer.train()
+        terms |= state.take_terms()
+        filled = len(items) / (section.epochs * len(pairs))
+        terms["loss"] = terms["loss"] * filled - math.log(2) * (filled - 1)  # without the pairs that fill a batch: log 2 each
     _end_step(trainer, state, samples, terms)
 
 
 def round_items(pairs: Sequence[Pair], samples: Sequence[Sample], state: PolicyState) -> list[dict[str, Any]]:
-    """What DPOTrainer's collator takes, `dpo.epochs` times in an order drawn from (seed, step): ids, and the reference's log-probs."""
+    """What DPOTrainer's collator takes, `dpo.epochs` times in an order drawn from (seed, step): ids, and the reference's log-probs.
+
+    The last batch is filled with pairs of a completion and itself, whose gradient is 0: every pair of a round then weighs the same,
+    on any number of processes and with any accumulation.
+    """
     section, run, items = state.config.dpo, state.run, []
     name = "reference_logprobs" if section.reference == "start" else "logprobs"
+
+    def item(better: Sample, worse: Sample) -> dict[str, Any]:
+        return {"prompt_ids": better.prompt_ids, "chosen_ids": better.completion_ids, "rejected_ids": worse.completion_ids,
+                "ref_chosen_logps": float(getattr(better, name).sum()), "ref_rejected_logps": float(getattr(worse, name).sum())}
+
     for epoch in range(section.epochs):
         generator = torch.Generator().manual_seed(run.seed_of(f"epoch {epoch}"))
-        for place in torch.randperm(len(pairs), generator=generator).tolist():
-            better, worse = samples[pairs[place].chosen], samples[pairs[place].rejected]
-            items.append({"prompt_ids": better.prompt_ids, "chosen_ids": better.completion_ids, "rejected_ids": worse.completion_ids,
-                          "ref_chosen_logps": float(getattr(better, name).sum()), "ref_rejected_logps": float(getattr(worse, name).sum())})
-    return items
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        items += [item(samples[pairs[place].chosen], samples[pairs[place].rejected]) for place in order]
+    same = samples[pairs[0].chosen]
+    return items + [item(same, same)] * (-len(items) % (state.config.training.batch_size // 2))

@@ -213,15 +213,15 @@ def test_gradients_are_those_of_the_scored_completions_alone(opened, algorithm, 
     assert rows(run, "train")[0]["excluded"] == 16 - scored > 0
 
 
-@pytest.mark.parametrize("reference", ["start", "round"])
-def test_dpo_learns_from_the_sampled_tokens_of_untied_pairs(opened, reference):
+@pytest.mark.parametrize("reference, per_device", [("start", 64), ("round", 8)])
+def test_dpo_learns_from_the_sampled_tokens_of_untied_pairs(opened, reference, per_device):
     def some(prompt, ids):
         return None if sum(ids) % 5 == 0 else float(ids.count(TOKEN) > 0)
 
     beta, temperature = 0.2, 0.7
     config, run, policy = opened("dpo", some, generation={"temperature": temperature, "max_new_tokens": 6},
                                  dpo={"beta": beta, "reference": reference, "prompts_per_round": 32},
-                                 training={"steps": 1, "batch_size": 64, "grad_clip": 0})
+                                 training={"steps": 1, "batch_size": 64, "per_device_batch_size": per_device, "grad_clip": 0})
     perturbed(run.reference)
     start = models.load_causal_lm(config.model.path)
     state = trltrainer.PolicyState(config, run, policy)
@@ -243,8 +243,9 @@ def test_dpo_learns_from_the_sampled_tokens_of_untied_pairs(opened, reference):
                 theirs = logprobs_by_hand(old, better, temperature).sum() - logprobs_by_hand(old, worse, temperature).sum()
             mine = logprobs_by_hand(start, better, temperature).sum() - logprobs_by_hand(start, worse, temperature).sum()
             losses.append(-torch.nn.functional.logsigmoid(beta * (mine - theirs)))
-    require_close(found, torch.stack(losses).mean(), start)
+    require_close(found, torch.stack(losses).sum() / 32, start)  # of a batch that the pairs do not fill
     row = rows(run, "train")[0]
+    assert row["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
     assert (row["pairs"], row["ties"], row["excluded_pairs"]) == (len(losses), ties, excluded)
     assert min(len(losses), ties, excluded) > 0
 
