@@ -392,6 +392,11 @@ def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str,
             return gr.update(choices=found, value=milestone if milestone in found else found[0])
         return gr.skip()
 
+    def offer_and_look(run: str, milestone: str, mode: str) -> list[Any]:
+        """[milestone, mode, caption] of a run that was chosen, in one answer: apart, they would cross."""
+        offered = offer(run, milestone)
+        return [offered, *look(run, offered.get("value", milestone), mode)]
+
     def look(run: str, milestone: str, mode: str) -> list[Any]:
         """[mode, caption]: chat is offered where there is a template."""
         try:
@@ -469,10 +474,12 @@ def page(place: Models, first: tuple[str, str] | None = None, second: tuple[str,
         stop.click(on_stop, None, None, **at_once)
         clear.click(on_clear, None, [answers, state, text], **at_once)
         compare.change(lambda on: gr.update(visible=on), compare, second_row, **at_once)
-        run_a.change(offer, [run_a, milestone_a], milestone_a, **at_once)
-        run_b.change(offer, [run_b, milestone_b], milestone_b, **at_once)
-        gr.on([run_a.change, milestone_a.change, demo.load], look, [run_a, milestone_a, mode], [mode, caption], **at_once)
-        demo.load(refresh, [run_a, run_b], [run_a, run_b], **at_once)
+        # As they come, without gradio's own check, which knows the choices of a moment ago; `place` checks every name itself.
+        choosing = {**at_once, "preprocess": False}
+        run_a.change(offer_and_look, [run_a, milestone_a, mode], [milestone_a, mode, caption], **choosing)
+        run_b.change(offer, [run_b, milestone_b], milestone_b, **choosing)
+        gr.on([milestone_a.change, demo.load], look, [run_a, milestone_a, mode], [mode, caption], **choosing)
+        demo.load(refresh, [run_a, run_b], [run_a, run_b], **choosing)
         for button, example in zip(examples, EXAMPLES, strict=True):
             button.click(functools.partial(str, example), None, text, **at_once)
         demo.unload(on_stop)

@@ -85,11 +85,11 @@ def kl_loss(logprobs: torch.Tensor, old: torch.Tensor, reference: torch.Tensor) 
 
 
 def adapted(coefficient: float, kl: float, completions: int, section: KLSection) -> float:
-    """The next KL coefficient (Ziegler et al. 2019, section 2.2): unchanged where it is fixed."""
+    """The next KL coefficient (Ziegler et al. 2019, section 2.2): unchanged where it is fixed; by a fifth at most, so never below 0."""
     if section.control == "fixed":
         return coefficient
     error = min(max(kl / section.target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * completions / section.horizon)
+    return coefficient * (1 + error * min(completions / section.horizon, 1.0))
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------

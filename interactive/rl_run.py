@@ -360,7 +360,8 @@ class RLRun:
             result = {"steps": self.step, "weights_from_step": self.step, "words_seen": base.get("words_seen", 0),
                       "generated_words": self.progress.words, "seconds": round(self.seconds(), 1),
                       "parameters": models.count_parameters(model), **{name: last[name] for name in kept if name in last},
-                      "before": {name: first[name] for name in kept if name in first}, "excluded": self.progress.excluded,
+                      "before": {name: first[name] for name in kept if name in first}, "reward_gain": paired_gain(first, last),
+                      "excluded": self.progress.excluded,
                       "ledger": {**self.ledger, "generated_words": self.progress.words}}
 
             def write(target: Path) -> None:
@@ -372,6 +373,9 @@ class RLRun:
                 self.folder.install_final(write)
             self.folder.finish(result)
             self._show_samples(first["step"], last["step"])
+            if gain := result["reward_gain"]:
+                self.say(f"  reward of the same prompts with the same noise: {gain['mean']:+.4f} ± {1.96 * gain['se']:.4f} "
+                         f"(95 %, {gain['n']} pairs)")
             self.say(f"finished {self.folder.root}: step {self.step:,} | {self.progress.words:,} words generated | "
                      + " | ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in ("reward", "kl", "ce") if name in last)
                      + f" | {result['seconds']:.0f} s")
@@ -406,6 +410,16 @@ class RLRun:
         self.say(f"device     {self.device}, {budget.precision}, {torch.get_num_threads()} CPU threads")
         if self.folder.resume_from:
             self.say(f"resuming from {self.folder.resume_from}")
+
+
+def paired_gain(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float] | None:
+    """{"mean", "se", "n"} of the differences in reward between two validations, completion by completion; None without two pairs."""
+    pairs = zip(first.get("rewards", ()), last.get("rewards", ()), strict=True)
+    gains = [new - old for old, new in pairs if old is not None and new is not None]
+    if len(gains) < 2:
+        return None
+    mean = _mean(gains)
+    return {"mean": mean, "se": math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1) / len(gains)), "n": len(gains)}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -425,3 +425,17 @@ def test_runs_and_results_are_not_mixed(make, capsys):
         with pytest.raises(SystemExit):
             visual.main(arguments)
         assert "--results results/NAME" in capsys.readouterr().err
+
+
+def test_runs_that_learned_from_rewards_are_drawn_apart(make, out, capsys):
+    rewarded = [{"kind": kind, "step": step, "words": 40 * step, "seconds": step, "reward": step / 100 - 1, "kl": step / 1000,
+                 "ce": 3.5 + step / 500, "completion_words": 30.0, "reward/margin": 0.5}
+                for step in range(0, 101, 10) for kind in ("train", "eval")]
+    assert visual.main([make("ppo", rewarded), make("student", rows()), "--output", str(out)]) == 0
+    words = svg_words(out / "rewards.svg")
+    assert {"reward", "KL from reference (nats/token)", "words generated", "words per completion", "ppo"} <= set(words)
+    assert "student" not in words and "ppo" not in svg_words(out / "overview.svg")
+    assert "words seen" in svg_words(out / "overview.svg") and has_ink(out / "rewards.png")
+    assert "reward 0" in capsys.readouterr().out
+    assert visual.main([make("alone", rewarded), "--output", str(out / "alone")]) == 0
+    assert "words generated" in svg_words(out / "alone" / "ce.svg")
