@@ -437,14 +437,14 @@ def dpo_round(trainer: Any, state: PolicyState) -> None:
     samples = run.gather(rows, mine)
     pairs, counts = rank(samples)
     kl = torch.cat([s.logprobs - s.reference_logprobs for s in samples]).mean()
-    terms = {"kl": float(kl), **counts, "lr": config.training.lr * run.learning_rate_share()}
+    terms = {"kl": float(kl), **counts}
     if pairs:
         from datasets import Dataset
 
         items = round_items(pairs, samples, state)
         trainer.train_dataset = Dataset.from_list(items)
         trainer.train()
-        terms |= state.take_terms()
+        terms |= {**state.take_terms(), "lr": state.optimizer.param_groups[0]["lr"]}
         filled = len(items) / (section.epochs * len(pairs))
         terms["loss"] = terms["loss"] * filled - math.log(2) * (filled - 1)  # without the pairs that fill a batch: log 2 each
     _end_step(trainer, state, samples, terms)

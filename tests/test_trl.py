@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from collections import Counter
 
@@ -72,7 +73,10 @@ def opened(tmp_path, corpus, students, monkeypatch):
         policy, reference = (models.load_causal_lm(config.model.path) for _ in range(2))
         return config, rl_run.RLRun(config, folder, inputs, reference, [Toy(function)], torch.device("cpu")), policy
 
-    return build
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield build
+    for number, handler in handlers.items():  # a run takes them over
+        signal.signal(number, handler)
 
 
 def rows(run, kind):
@@ -306,6 +310,7 @@ def test_a_resumed_run_ends_with_the_same_weights(opened, algorithm, changes):
     start = models.load_causal_lm(config.model.path).state_dict()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert any(not torch.equal(ends[0][name], start[name]) for name in ends[0])
+    assert [row["lr"] for row in rows(whole, "train")] == pytest.approx([0.5e-2, 0.75e-2, 0.5e-2, 0.25e-2])
     passing = {"seconds", "tokens_per_s"}
     assert [{k: v for k, v in row.items() if k not in passing} for row in rows(whole, "train")] == [
         {k: v for k, v in row.items() if k not in passing} for row in rows(run, "train")]
