@@ -412,7 +412,7 @@ def test_a_phone_and_the_dark(browser, address):
         page.goto(f"{address}?__theme={theme}")
         page.wait_for_selector("#caption p")
         page.check("#compare input")
-        write(page, "Supercalifragilistic" * 5)
+        write(page, "Supercalifragilistic" * 5, "#peek")
         page.wait_for_function("document.querySelectorAll('.bars').length === 2")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         for button in page.query_selector_all("#buttons button"):
