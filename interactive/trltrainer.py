@@ -193,7 +193,7 @@ def quiet(base: type) -> type:
             loss = float(self.accelerator.reduce(torch.tensor(self._loss, device=self.args.device), "mean"))
             self._loss = 0.0
             self.policy_state.require_finite(loss, norm)
-            self.policy_state.report(loss=loss, grad_norm=norm)
+            self.policy_state.report(loss=loss, grad_norm=norm, lr=self.policy_state.optimizer.param_groups[0]["lr"])
             return norm
 
     Quiet.__name__ = base.__name__
@@ -312,7 +312,6 @@ def group_trainer(state: PolicyState) -> Any:
                 if values := [value for value in self._metrics["train"].pop(theirs, ()) if math.isfinite(value)]:
                     state.report(**{ours: sum(values) / len(values)})
             self._metrics["train"].clear()
-            state.report(lr=state.optimizer.param_groups[0]["lr"])
             _end_step(self, state, self.everyone, state.take_terms())
 
     callback = GroupCallback(state)
@@ -444,7 +443,7 @@ def dpo_round(trainer: Any, state: PolicyState) -> None:
         items = round_items(pairs, samples, state)
         trainer.train_dataset = Dataset.from_list(items)
         trainer.train()
-        terms |= {**state.take_terms(), "lr": state.optimizer.param_groups[0]["lr"]}
+        terms |= state.take_terms()
         filled = len(items) / (section.epochs * len(pairs))
         terms["loss"] = terms["loss"] * filled - math.log(2) * (filled - 1)  # without the pairs that fill a batch: log 2 each
     _end_step(trainer, state, samples, terms)
