@@ -3,7 +3,7 @@
 Reads    model.path (a finished student), prompts (by default openings of <data.corpus>'s validation documents), rewards
 Writes   models/<name>/ : the final model, milestones chck_<N> by words *generated*, run/ (config, metrics.jsonl, samples.jsonl, ...)
 Command  python ppo.py --config configs/demo/ppo.yaml
-         python ppo.py --config configs/10M/ppo.yaml algorithm=grpo
+         python ppo.py --config configs/10M/grpo.yaml
 Expect   demo: about a minute on two CPU cores. The same command resumes a run that was stopped.
 
 Every run starts and ends with a validation: cross-entropy on held-out text, and reward and KL of completions that were not learned from.

@@ -815,6 +815,12 @@ class KLSection(Section):
     target: float = key(0.05, "with control: adaptive - KL(policy || reference) in nats per token", gt=0)
     horizon: int = key(10_000, "with control: adaptive - completions in which the coefficient changes by a fifth at most", ge=1)
 
+    @model_validator(mode="after")
+    def something_to_adapt(self) -> "KLSection":
+        if self.control == "adaptive" and not self.coefficient:
+            raise ValueError("control: adaptive multiplies the coefficient, and coefficient is 0: start it above 0")
+        return self
+
 
 class PPOSection(Section):
     value: Literal["head", "model"] = key("head", "head: a linear layer on the policy's last states; model: a network of its own")
@@ -858,7 +864,7 @@ class RLLoggingSection(Section):
     logging_steps: int = key(10, "steps between log lines", identity=False, ge=1)
     eval_steps: int = key(100, "steps between validations; there is one before the first step and one at the end", ge=1)
     eval_prompts: int = key(64, "completions that a validation samples, always with the same noise, and scores; not learned from", ge=0)
-    samples: int = key(4, "completions that every log line writes to run/samples.jsonl", identity=False, ge=0)
+    samples: int = key(4, "completions that every log line and validation writes to run/samples.jsonl", identity=False, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
 
 

@@ -298,7 +298,7 @@ def _limits(config: dict, shape: dict, licence: str | None) -> str:
     if "algorithm" in config:
         lines.append("- It was trained on rewards: what the reward does not measure may have become worse, and text may please the reward "
                      "without being good.")
-    if block and positions and positions > block:
+    if block and positions and positions > block and "algorithm" not in config:  # there, seq_len is that of validation
         lines.append(f"- Trained on blocks of {block} tokens; it accepts up to {positions}, but beyond {block} it was not trained.")
     lines.append((f"- Licence: {licence}." if licence else "- Licence: unknown, none was named when this card was written.")
                  + " The training text has licences of its own.")

@@ -295,22 +295,25 @@ def read_finished(root: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def require_finished(path: str, needed_by: str) -> None:
+def require_finished(path: str, needed_by: str, script: str = "train_teacher.py") -> None:
     """Refuse a local run folder that is missing or unfinished, naming the command that makes it.
 
     A plain checkpoint folder without a run record (downloaded, say) passes if it holds a config.json; a name that is no
     local path is left to the hub.
+
+    Args:
+        needed_by: key or command that wants it, for the message; script: what makes such a run, named where no record does.
     """
     root = Path(path)
     if not root.exists():
         # org/name or a bare hub name; anything that looks like a local path is a mistake
         if re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not path.startswith("models/"):
             return
-        raise UserError(f"{needed_by}: {path} does not exist; make it first, for example: python train_teacher.py --config <its YAML> "
+        raise UserError(f"{needed_by}: {path} does not exist; make it first, for example: python {script} --config <its YAML> "
                         f"output={root.parent} name={root.name}")
     if (root / "run").is_dir() and read_finished(root) is None:
         record = json.loads((root / "run" / "record.json").read_text(encoding="utf-8")) if (root / "run" / "record.json").is_file() else {}
-        command = record.get("command", f"python train_teacher.py name={root.name}")
+        command = record.get("command", f"python {script} name={root.name}")
         raise UserError(f"{needed_by}: {path} is an unfinished run; finish it first: {command}")
     if not ((root / "config.json").is_file() or (root / "adapter_config.json").is_file()):
         raise UserError(f"{needed_by}: {path} holds no model (no config.json)")

@@ -4,8 +4,8 @@ One step: sample a batch of completions, score them, and take `ppo.epochs` x `pp
 
     -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + c_v value loss - c_H entropy (+ beta KL, with kl.where: loss)
 
-each a mean over the completions' tokens (the end token included, nothing behind it), in nats. The policy is in eval mode throughout
-(no dropout): otherwise the ratio is not 1 where nothing has changed yet.
+each a mean over the completions' tokens (the end token included, nothing behind it), in nats. Dropout is off throughout: otherwise the
+ratio is not 1 where nothing has changed yet.
 
 Batches do not depend on the number of processes or on accumulation: every process holds the whole batch of completions, takes its
 share of each minibatch, and weighs it by its tokens.
@@ -27,8 +27,18 @@ from transformers import PreTrainedModel
 from babylm.config import KLSection, RLConfig, UserError
 from babylm.run_folder import write_json
 from babylm.training import accumulation_steps
-from interactive.rl_run import RLRun
-from interactive.rollout import Batch, Sample, body_and_head, collate, completion_logprobs, completion_states, token_logprobs, unpack
+from interactive.rl_run import RLRun, tracked
+from interactive.rollout import (
+    Batch,
+    Sample,
+    body_and_head,
+    collate,
+    completion_logprobs,
+    completion_states,
+    switch_off_dropout,
+    token_logprobs,
+    unpack,
+)
 
 # ---- The maths ------------------------------------------------------------------------------------------------------
 # Tensors are [B, R]: row = completion, column = its token; `mask` is True where there is one.
@@ -155,11 +165,9 @@ class PPOTrainer:
             raise UserError(f"a minibatch of {training.batch_size // config.ppo.minibatches} completions (training.batch_size / "
                             f"ppo.minibatches) is not a multiple of the {processes} processes")
         self.micro = min(accumulation_steps(config, processes)[0], training.batch_size // config.ppo.minibatches // processes)
+        switch_off_dropout(model)
         self.policy = PolicyWithValue(model, config.ppo.value).to(run.device).eval()
         if training.gradient_checkpointing:
-            if dropout := {name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p}:
-                raise UserError(f"training.gradient_checkpointing recomputes in train mode, but {config.model.path} has dropout "
-                                f"({sorted(dropout)[0]}), which PPO leaves off: switch gradient_checkpointing off")
             model.gradient_checkpointing_enable()
             model.train()  # transformers recomputes in train mode only; without dropout that changes nothing else
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.policy, config), betas=(training.beta1, training.beta2), fused=True)
@@ -169,7 +177,7 @@ class PPOTrainer:
         self.parallel = self.accelerator.prepare_model(self.policy) if processes > 1 else self.policy
         self.reference = body_and_head(run.reference, "reference")
         if config.logging.trackers:
-            self.accelerator.init_trackers(config.name, config=config.model_dump(mode="json"))
+            self.accelerator.init_trackers(config.name, config=tracked(config))
 
     def train(self) -> None:
         """Step after step until the budget is used up. Preempted where a signal asked for it; UserError where a step fails."""

@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models, scoring, training
-from babylm.config import RLConfig, UserError
+from babylm.config import RLConfig, UserError, identity
 from babylm.distillation import Distiller
-from babylm.ledger import read_lines, rl_ledger
+from babylm.ledger import accounts, read_lines, rl_ledger
 from babylm.model_card import model_card
 from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
@@ -47,7 +47,7 @@ class Inputs:
 
 def load_inputs(config: RLConfig) -> Inputs:
     """The policy's tokenizer and the prompts. UserError for an unfinished student, and for prompts that are not to be had."""
-    require_finished(config.model.path, "ppo.py: model.path")
+    require_finished(config.model.path, "ppo.py: model.path", "train_student.py")
     training.milestone_sets(config)  # mistakes in it are said before anything is fetched
     tokenizer = models.load_tokenizer(config.model.path)
     return Inputs(tokenizer, load_prompts(config.prompts, tokenizer, config.data.corpus, config.seed,
@@ -69,8 +69,9 @@ class Progress:
     step: int = 0
     words: int = 0  # generated to learn from
     excluded: int = 0  # completions that no reward could be given
-    wordless: int = 0  # steps in a row without a single word
+    wordless: int = 0  # steps in a row with less than a word in ten completions
     seconds: float = 0.0
+    window_seconds: float = 0.0  # of these, since the last log line
     window: list[dict[str, float]] = field(default_factory=list)  # of every step since the last log line
 
 
@@ -102,6 +103,11 @@ class RLRun:
             self.progress = Progress(**json.loads((folder.resume_from / "progress.json").read_text(encoding="utf-8")))
             self._forget_samples_after(self.step)
         self.ledger = rl_ledger(config, tokenizer_fingerprint(self.tokenizer))
+        limit = getattr(reference.config, "max_position_embeddings", None)
+        longest = 1 + self.prompts.longest + config.generation.max_new_tokens  # the start token is the first
+        if limit and longest > limit:
+            raise UserError(f"model.path: {config.model.path} has {limit} positions, but prompts and completions have up to {longest} "
+                            "tokens: lower generation.max_new_tokens, or cut the prompts (prompts.cut, prompts.max_tokens)")
         self._began = self._window_began = time.monotonic()
         self._stats: dict[str, float] = {}
 
@@ -156,7 +162,10 @@ class RLRun:
     def gather(self, rows: range, samples: Sequence[Sample]) -> list[Sample]:
         """The whole batch, in every process, in the order of its rows. UserError if not one completion could be scored."""
         pairs = list(zip(rows, samples, strict=True))
-        gathered = sorted(gather_object(pairs) if self.state.num_processes > 1 else pairs, key=lambda pair: pair[0])
+        if self.state.num_processes > 1:
+            pairs = gather_object(pairs)
+            self._stats = _summed(gather_object([self._stats]))
+        gathered = sorted(pairs, key=lambda pair: pair[0])
         everyone = [scored for _, scored in gathered]
         self.require_scored(everyone)
         return everyone
@@ -173,14 +182,15 @@ class RLRun:
 
     def start(self, model: PreTrainedModel) -> None:
         """Say what will be done and, where the run is new, validate what it starts from."""
-        self._began = self._window_began = time.monotonic()
+        self._began = time.monotonic()
+        self._window_began = self._began - self.progress.window_seconds
         self.folder.set_status("running")
         self._print_plan(model)
         if self.stop:
             raise Preempted(f"{self.stop.signal_name} before the first step; the same command starts again")
         if self.step == 0:
-            write_text(self.folder.metrics, "")
-            write_text(self._samples_file, "")
+            for file in (self.folder.metrics, self._samples_file) if self.folder.main else ():
+                write_text(file, "")
             self.validate(model)
 
     def end_step(self, model: PreTrainedModel, samples: Sequence[Sample], terms: dict[str, float]) -> dict[str, Any] | None:
@@ -198,11 +208,12 @@ class RLRun:
         words = sum(scored.words for scored in samples)
         progress.words += words
         progress.excluded += sum(scored.reward is None for scored in samples)
-        progress.wordless = 0 if words else progress.wordless + 1
+        progress.wordless = 0 if words * 10 >= len(samples) else progress.wordless + 1
         progress.window.append({**_means(samples), **terms, **self._stats, "tokens": sum(len(s.completion_ids) for s in samples)})
-        if progress.wordless >= WORDLESS_STEPS:
-            raise UserError(f"step {self.step}: the policy has written no word in {WORDLESS_STEPS} steps, so its budget of words would "
-                            "never be used up. A length reward, a larger ppo.kl.coefficient or a lower training.lr keeps it writing")
+        if self.config.training.words and progress.wordless >= WORDLESS_STEPS:
+            raise UserError(f"step {self.step}: in {WORDLESS_STEPS} steps the policy has written less than a word in ten completions, so "
+                            "its budget of words would never be used up. A length reward, a larger ppo.kl.coefficient or a lower "
+                            "training.lr keeps it writing")
         self._save_milestones(model, before)
         row = None
         if self.step % self.config.logging.logging_steps == 0 or self.step == 1 or self.done:
@@ -224,7 +235,8 @@ class RLRun:
         if self.folder.main:
             with saving(target), folder_written_whole(target) as folder:
                 save(folder)
-                write_json(folder / "progress.json", asdict(self.progress) | {"seconds": self.seconds()})
+                write_json(folder / "progress.json", asdict(self.progress) | {
+                    "seconds": self.seconds(), "window_seconds": time.monotonic() - self._window_began})
             self.folder.rotate()
         self.state.wait_for_everyone()
         if asked:
@@ -258,6 +270,7 @@ class RLRun:
                  if row.get(name) is not None]
         shown += [f"excluded {self.progress.excluded:,}"] if self.progress.excluded else []
         shown += [f"{row['completion_words']:.1f} words each"]
+        shown += [f"lr {row['lr']:.1e}"] if "lr" in row else []
         shown += [f"grad {row['grad_norm']:.2f}"] if "grad_norm" in row else []
         self.say(f"step {self.step:>5,}{f'/{budget.steps:,}' if budget.steps else ''} | {goal} | {' | '.join(shown)} | "
                  f"{rate / 1000:,.2f}K tok/s | {left} left")
@@ -286,7 +299,7 @@ class RLRun:
             samples = self.gather(rows, samples)
             ratio = torch.cat([s.logprobs - s.reference_logprobs for s in samples])
             row |= {**_means(samples), "kl": float(ratio.mean()), "rewards": [s.reward for s in samples]}
-            self._write_samples("validation", samples[:max(config.logging.samples, 1)])
+            self._write_samples("validation", samples[:config.logging.samples])
         self.folder.append_metrics({"kind": "eval", **row})
         self._window_began += time.monotonic() - began  # validation is not part of the training speed
         shown = [f"{name} {row[name]:.4f}" for name in ("ce", "reward", "kl") if row.get(name) is not None]
@@ -356,13 +369,14 @@ class RLRun:
             rows = list(read_lines(self.folder.metrics))
             first, last = ([row for row in rows if row["kind"] == "eval"][place] for place in (0, -1))
             kept = ("ce", "perplexity", "ce_by_domain", "reward", "kl")
-            base = self.ledger["base"]["ledger"] or {}  # the text that these weights have seen is what they had seen before
-            result = {"steps": self.step, "weights_from_step": self.step, "words_seen": base.get("words_seen", 0),
+            ledger = {**self.ledger, "generated_words": self.progress.words}
+            result = {"steps": self.step, "weights_from_step": self.step,
+                      "words_seen": sum(row.seen for row in accounts(ledger) if row.role != "generated"),  # of text, before this run
                       "generated_words": self.progress.words, "seconds": round(self.seconds(), 1),
                       "parameters": models.count_parameters(model), **{name: last[name] for name in kept if name in last},
-                      "before": {name: first[name] for name in kept if name in first}, "reward_gain": paired_gain(first, last),
-                      "excluded": self.progress.excluded,
-                      "ledger": {**self.ledger, "generated_words": self.progress.words}}
+                      "excluded": self.progress.excluded, "ledger": ledger}
+            if first["step"] == 0:  # not where it began with the checkpoint of another run (resume_path)
+                result |= {"before": {name: first[name] for name in kept if name in first}, "reward_gain": paired_gain(first, last)}
 
             def write(target: Path) -> None:
                 models.save_model(model, self.tokenizer, target)
@@ -372,8 +386,9 @@ class RLRun:
             with saving(self.folder.root):
                 self.folder.install_final(write)
             self.folder.finish(result)
-            self._show_samples(first["step"], last["step"])
-            if gain := result["reward_gain"]:
+            if first["step"] == 0:
+                self._show_samples(first["step"], last["step"])
+            if gain := result.get("reward_gain"):
                 self.say(f"  reward of the same prompts with the same noise: {gain['mean']:+.4f} ± {1.96 * gain['se']:.4f} "
                          f"(95 %, {gain['n']} pairs)")
             self.say(f"finished {self.folder.root}: step {self.step:,} | {self.progress.words:,} words generated | "
@@ -404,12 +419,26 @@ class RLRun:
         self.say(f"model      {models.count_parameters(model):,} parameters, from {config.model.path}")
         self.say(f"prompts    {len(self.prompts.texts):,}: {self.prompts.source}")
         self.say("rewards    " + " + ".join(f"{r.weight:g} x {r.__name__}" for r in self.rewards))
-        self.say(f"batch      {budget.batch_size} completions of up to {config.generation.max_new_tokens} tokens, "
-                 f"{self.state.num_processes} process(es)")
+        per_device, accumulation = training.accumulation_steps(config, self.state.num_processes)
+        self.say(f"batch      {budget.batch_size} completions of up to {config.generation.max_new_tokens} tokens = "
+                 f"{self.state.num_processes} process(es) x {per_device} x {accumulation} accumulation")
         self.say("budget     " + (f"{budget.words:,} words generated" if budget.words else f"{budget.steps:,} steps"))
         self.say(f"device     {self.device}, {budget.precision}, {torch.get_num_threads()} CPU threads")
         if self.folder.resume_from:
             self.say(f"resuming from {self.folder.resume_from}")
+
+
+def tracked(config: RLConfig) -> dict[str, Any]:
+    """The config as experiment trackers take it: {"training.lr": 1e-4, ...}, plain values only."""
+    return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in identity(config).items()}
+
+
+def _summed(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A judge's counts over all processes, and the rate that follows from them."""
+    names = {name for one in stats for name in one}
+    found = {name: sum(one.get(name, 0.0) for one in stats) for name in names if not name.endswith("/parse_failure_rate")}
+    return found | {name: found[name.replace("parse_failure_rate", "parse_failures")] / calls for name in names
+                    if name.endswith("/parse_failure_rate") and (calls := found[name.replace("parse_failure_rate", "calls")])}
 
 
 def paired_gain(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float] | None:

@@ -86,6 +86,8 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
     Raises:
         UserError: prompt and completion together exceed the model's positions.
     """
+    if not prompts:  # a process that has no share of them
+        return []
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, encoded))
     if limit and longest + max_new_tokens > limit:
@@ -94,8 +96,9 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
     end = tokenizer.eos_token_id
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, use_cache=True,
                                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
-    was_training, samples = model.training, []
+    was_training, own, samples = model.training, model.generation_config, []
     model.eval()
+    model.generation_config = GenerationConfig()  # its penalties would fill what is not set here, and bend the distribution
     for start in range(0, len(prompts), batch_size or len(prompts)):
         rows = slice(start, start + (batch_size or len(prompts)))
         ids, mask = pad(encoded[rows], left=True, device=model.device)
@@ -107,6 +110,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
             length = row.index(end) + 1 if end in row else len(row)
             samples.append(Sample(prompt, tokenizer.decode(row[:length], skip_special_tokens=True), list(prompt_ids), row[:length],
                                   finished=row[length - 1] == end))
+    model.generation_config = own
     model.train(was_training)
     return samples
 
@@ -196,3 +200,12 @@ def body_and_head(model: PreTrainedModel, role: str) -> tuple[nn.Module, nn.Line
     if head is None:
         raise UserError(f"the {role} is a {model.config.model_type} whose logits do not come from one linear layer: stage 6 cannot use it")
     return body, head
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0, those that are functions in its attention (Llama) included; its config keeps them."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

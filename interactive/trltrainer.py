@@ -30,8 +30,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from babylm.config import RLConfig, UserError
 from babylm.training import accumulation_steps
-from interactive.rl_run import RLRun
-from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of
+from interactive.rl_run import RLRun, tracked
+from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of, switch_off_dropout
 
 ENDLESS = 10**9  # optimizer steps: the run's budget ends training, not the Trainer's count
 TIE = 1e-9  # rewards that differ by no more are equal
@@ -62,7 +62,7 @@ def _train(state: "PolicyState") -> None:
         from accelerate.tracking import filter_trackers
 
         trainer.accelerator.log_with = filter_trackers(config.logging.trackers, str(run.folder.run))
-        trainer.accelerator.init_trackers(config.name, config=config.model_dump(mode="json"))
+        trainer.accelerator.init_trackers(config.name, config=tracked(config))
     run.start(state.model)
     if grouped and not run.done:
         trainer.train()
@@ -78,15 +78,6 @@ def require_trl(algorithm: str) -> None:
         import trl  # noqa: F401
     except ImportError as error:
         raise UserError(f"algorithm: {algorithm} needs the package {error.name}: pip install {error.name}; or use algorithm: ppo") from None
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0, those that are functions in its attention (Llama) included; its config keeps them."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 # ---- What both kinds of trainer share -------------------------------------------------------------------------------

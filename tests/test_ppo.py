@@ -139,7 +139,7 @@ def test_a_completion_ends_with_its_first_end_token_even_where_that_is_the_pad_t
     script = iter([[pad, end, 7, 8], [9, pad, pad, end]])
 
     class Scripted(torch.nn.Module):
-        config, device, training = model.config, model.device, False
+        config, device, training, generation_config = model.config, model.device, False, model.generation_config
 
         def generate(self, input_ids, **_):
             return torch.cat([input_ids, torch.tensor([next(script), next(script)])], 1)
@@ -171,6 +171,27 @@ def test_the_gain_is_paired_by_completion():
     first, last = {"rewards": [0.0, 1.0, None, 2.0]}, {"rewards": [1.0, 3.0, 5.0, 2.0]}  # gains 1, 2, 0
     assert rl_run.paired_gain(first, last) == {"mean": 1.0, "se": pytest.approx(math.sqrt(1 / 3)), "n": 3}
     assert rl_run.paired_gain({}, {}) is None
+
+
+def test_the_models_own_generation_config_does_not_bend_what_is_sampled(policies, tokenizer):
+    model, plain = sampled(policies("llama"), tokenizer)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.min_new_tokens = 12
+    again = rollout.sample(model, tokenizer, [s.prompt for s in plain], [1, 2, 3], max_new_tokens=12)
+    assert [s.completion_ids for s in again] == [s.completion_ids for s in plain]
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_a_judges_counts_are_those_of_all_processes():
+    one = {"judge/calls": 4.0, "judge/parse_failures": 1.0, "judge/parse_failure_rate": 0.25}
+    other = {"judge/calls": 16.0, "judge/parse_failures": 9.0, "judge/parse_failure_rate": 0.5625}
+    assert rl_run._summed([one, other]) == {"judge/calls": 20.0, "judge/parse_failures": 10.0, "judge/parse_failure_rate": 0.5}
+
+
+def test_trackers_get_plain_values(build):
+    run, _ = build([low_tokens()])
+    values = rl_run.tracked(run.config)
+    assert values["training.lr"] == 1e-2 and all(isinstance(value, int | float | str) for value in values.values())
 
 
 def test_words_of_a_completion_are_those_it_adds():
@@ -271,6 +292,13 @@ def test_before_the_first_change_the_ratio_is_1_and_the_kl_0(build, name, precis
     assert abs(terms["policy_loss"]) < 1e-5 and terms["grad_norm"] > 0  # whitened advantages: the loss is 0, its gradient is not
 
 
+def test_gradient_checkpointing_brings_no_dropout_back(build):
+    run, trainer = build([low_tokens()], training={"gradient_checkpointing": True}, ppo={"epochs": 1, "kl": {"coefficient": 0.1}})
+    terms = trainer.update(trainer.rollout())  # Llama's attention dropout is no module of its own, and recomputing needs train mode
+    assert trainer.policy.model.training and terms["kl"] == 0 and abs(terms["update_kl"]) < 1e-9
+    assert run.reference.config.attention_dropout == trainer.policy.model.config.attention_dropout == 0.2
+
+
 def test_every_weight_that_is_trained_is_in_the_optimizer_once(build):
     for value in ("head", "model"):
         _, trainer = build([low_tokens()], ppo={"value": value, "value_lr": 3e-2}, fresh=True)
@@ -343,7 +371,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(build):
 def test_a_policy_that_stops_writing_cannot_use_up_its_budget(build):
     run, trainer = build([low_tokens()], training={"steps": None, "words": 1000})
     silent = [Sample("A", "", [1], [2], True, reward=0.0)]
-    with pytest.raises(UserError, match="written no word in 20 steps"):
+    with pytest.raises(UserError, match="less than a word in ten completions"):
         for _ in range(30):
             run.end_step(trainer.policy.model, silent, {})
     assert run.step == 20
@@ -487,8 +515,10 @@ def test_two_processes_train_what_one_trains(config, in_process, on_two_processe
     ("generation.max_new_tokens=70", "has 64 positions, but prompts and completions have up to 75"),
     ("model.path=models/none", "models/none does not exist"),
     ("rewards.0.teacher=models/none", "models/none does not exist"),
+    ("rewards=[{kind: random}] generation.max_new_tokens=70", "has 64 positions, but prompts and completions have up to 75"),
+    ("ppo.kl.coefficient=0 ppo.kl.control=adaptive", "coefficient is 0: start it above 0"),
     ("ppo.kl.wher=loss", "ppo.kl.wher: unknown key; did you mean where?"),
 ])
 def test_mistakes_are_named_before_anything_is_computed(config, in_process, override, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        in_process("ppo", "--config", config, override)
+        in_process("ppo", "--config", config, *re.findall(r"\S+=(?:\[.*?\]|\S+)", override))

@@ -266,7 +266,7 @@ def test_no_dropout_is_left_once_it_is_switched_off(students, student):
     model = models.load_causal_lm(str(students(student))).train()
     ids = torch.arange(3, 40)[None]
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    trltrainer.switch_off_dropout(model)
+    rollout.switch_off_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
