@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from babylm.config import KLSection, RLConfig, UserError
 from babylm.run_folder import write_json
 from babylm.training import accumulation_steps
-from interactive.rl_run import RLRun, tracked
+from interactive.rl_run import RLRun, load_state, save_state, tracked
 from interactive.rollout import (
     Batch,
     Sample,
@@ -315,16 +314,9 @@ class PPOTrainer:
     # -- resume state
 
     def _save(self, folder: Path) -> None:
-        save_file({name: p.detach().contiguous() for name, p in self.policy.named_parameters()}, folder / "trained.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        save_state(folder, self.policy, self.optimizer)
         write_json(folder / "ppo.json", {"kl_coefficient": self.coefficient})
 
     def _load(self, folder: Path) -> None:
-        saved, mine = load_file(folder / "trained.safetensors"), dict(self.policy.named_parameters())
-        if saved.keys() != mine.keys():
-            raise UserError(f"{folder} holds other parameters than this run trains: {', '.join(sorted(saved.keys() ^ mine.keys())[:5])}")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(saved[name])
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.run.device, weights_only=True))
+        load_state(folder, self.policy, self.optimizer, self.run.device)
         self.coefficient = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))["kl_coefficient"]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models, scoring, training
@@ -426,6 +427,23 @@ class RLRun:
         self.say(f"device     {self.device}, {budget.precision}, {torch.get_num_threads()} CPU threads")
         if self.folder.resume_from:
             self.say(f"resuming from {self.folder.resume_from}")
+
+
+def save_state(folder: Path, trained: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write what is trained, and its optimizer, into a resume checkpoint."""
+    save_file({name: p.detach().contiguous() for name, p in trained.named_parameters()}, folder / "trained.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def load_state(folder: Path, trained: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put back what `save_state` wrote. UserError where the checkpoint holds other parameters."""
+    saved, mine = load_file(folder / "trained.safetensors"), dict(trained.named_parameters())
+    if saved.keys() != mine.keys():
+        raise UserError(f"{folder} holds other parameters than this run trains: {', '.join(sorted(saved.keys() ^ mine.keys())[:5])}")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(saved[name])
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
 
 
 def tracked(config: RLConfig) -> dict[str, Any]:

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from babylm.config import RLConfig, UserError
 from babylm.training import accumulation_steps
-from interactive.rl_run import RLRun, tracked
+from interactive.rl_run import RLRun, load_state, save_state, tracked
 from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of, switch_off_dropout
 
 ENDLESS = 10**9  # optimizer steps: the run's budget ends training, not the Trainer's count
@@ -102,7 +101,7 @@ class PolicyState:
         self._held = [(owner, name, getattr(owner, name, None)) for owner in (model.config, model.generation_config)
                       for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
         if run.folder.resume_from:
-            self._load(run.folder.resume_from)
+            load_state(run.folder.resume_from, model, self.optimizer, run.device)
 
     def keep_special_tokens(self) -> None:
         """Undo what TRL and the Trainer wrote into the model's config: the trained model is saved with the ids it came with."""
@@ -136,17 +135,7 @@ class PolicyState:
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer into a folder."""
-        save_file({name: p.detach().contiguous() for name, p in self.model.named_parameters()}, folder / "trained.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-
-    def _load(self, folder: Path) -> None:
-        saved, mine = load_file(folder / "trained.safetensors"), dict(self.model.named_parameters())
-        if saved.keys() != mine.keys():
-            raise UserError(f"{folder} holds other parameters than this run trains: {', '.join(sorted(saved.keys() ^ mine.keys())[:5])}")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(saved[name])
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.run.device, weights_only=True))
+        save_state(folder, self.model, self.optimizer)
 
 
 def trainer_arguments(state: PolicyState, per_device: int, accumulation: int) -> dict[str, Any]:
