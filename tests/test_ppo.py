@@ -430,6 +430,8 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(build, tmp_path):
     _, first = build([Interrupting(after=5)], folder=tmp_path / "cut", **setting)  # validations before step 1 and after step 2
     with pytest.raises(Preempted, match="SIGUSR1 at step 3"):
         first.train()
+    with open(tmp_path / "cut/ppo/run/samples.jsonl", "a") as stream:  # what a run writes between its checkpoint and a SIGKILL
+        stream.write(json.dumps({"kind": "train", "step": 4}) + "\n" + '{"kind": "tr')
     run, second = build([low_tokens()], folder=tmp_path / "cut", **setting)
     assert run.step == 3
     second.train()
