@@ -26,16 +26,17 @@ def main() -> None:
     if folder is None:
         return
 
-    # ---- 3. Build the models ----------------------------------------------------------------------------------------
+    # ---- 3. Load the data -------------------------------------------------------------------------------------------
+    val = rl_run.load_validation(config, inputs)
+
+    # ---- 4. Build the models ----------------------------------------------------------------------------------------
     policy = models.load_causal_lm(config.model.path).to(device)
     reference = models.load_causal_lm(config.model.path).to(device).requires_grad_(False).eval()
-
-    # ---- 4. Build the rewards ---------------------------------------------------------------------------------------
     longest = 1 + inputs.prompts.longest + config.generation.max_new_tokens
     rewards = reward.build_rewards(config.rewards, inputs.tokenizer, reference, device, config.seed, folder.run / "judge", longest)
-    run = rl_run.RLRun(config, folder, inputs, reference, rewards, device)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------
+    run = rl_run.RLRun(config, folder, inputs, val, reference, rewards, device)
     if config.algorithm == "ppo":
         from interactive.ppotrainer import PPOTrainer
 

@@ -63,6 +63,12 @@ def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
         **reward.reward_fingerprints(config.rewards, inputs.tokenizer)})
 
 
+def load_validation(config: RLConfig, inputs: Inputs) -> EvalBlocks:
+    """The fixed validation blocks, in the policy's own tokens."""
+    section = config.data
+    return EvalBlocks(open_store(section.eval_path or section.corpus, "val", inputs.tokenizer), section.seq_len, section.eval_blocks)
+
+
 @dataclass
 class Progress:
     """What the next process needs beyond the algorithm's own state; saved as progress.json."""
@@ -81,19 +87,18 @@ class RLRun:
 
     Args:
         folder: as `open_run` opened it; with `folder.resume_from`, the run goes on there.
+        val: from `load_validation`.
         reference: the frozen starting policy, on `device`.
         rewards: as `reward.build_rewards` made them.
     """
 
-    def __init__(self, config: RLConfig, folder: RunFolder, inputs: Inputs, reference: PreTrainedModel, rewards: Sequence[Any],
-                 device: torch.device):
+    def __init__(self, config: RLConfig, folder: RunFolder, inputs: Inputs, val: EvalBlocks, reference: PreTrainedModel,
+                 rewards: Sequence[Any], device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.tokenizer, self.prompts = inputs.tokenizer, inputs.prompts
-        self.reference, self.rewards = reference, rewards
-        section = config.data
-        self.val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", self.tokenizer), section.seq_len, section.eval_blocks)
+        self.val, self.reference, self.rewards = val, reference, rewards
         self.sets = training.milestone_sets(config)
-        training.require_positions("student", reference, section.seq_len)
+        training.require_positions("student", reference, config.data.seq_len)
         if self.sets:
             from eval import at_milestones
 

@@ -241,7 +241,7 @@ def build(policies, corpus, tmp_path):
         opened = rl_run.open_run(config, inputs)
         policy, reference = (models.load_causal_lm(config.model.path) for _ in range(2))
         reference.requires_grad_(False).eval()
-        run = rl_run.RLRun(config, opened, inputs, reference, rewards, torch.device("cpu"))
+        run = rl_run.RLRun(config, opened, inputs, rl_run.load_validation(config, inputs), reference, rewards, torch.device("cpu"))
         return run, PPOTrainer(config, run, policy)
 
     make.folder = tmp_path

@@ -71,7 +71,8 @@ def opened(tmp_path, corpus, students, monkeypatch):
         inputs = rl_run.load_inputs(config)
         folder = rl_run.open_run(config, inputs)
         policy, reference = (models.load_causal_lm(config.model.path) for _ in range(2))
-        return config, rl_run.RLRun(config, folder, inputs, reference, [Toy(function)], torch.device("cpu")), policy
+        val = rl_run.load_validation(config, inputs)
+        return config, rl_run.RLRun(config, folder, inputs, val, reference, [Toy(function)], torch.device("cpu")), policy
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield build
