@@ -89,9 +89,9 @@ def is_whole(folder: Path) -> bool:
     """Whether a sealed folder still has every file at its full size."""
     try:
         sizes = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------

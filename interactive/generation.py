@@ -199,7 +199,7 @@ class ModelsFolder:
         return found
 
     def _folders(self, folder: Path) -> list[Path]:
-        return sorted(inner for inner in folder.iterdir() if not inner.name.startswith(".") and inner.is_dir() and self._inside(inner))
+        return [inner for inner in _listing(folder) if not inner.name.startswith(".") and inner.is_dir() and self._inside(inner)]
 
     def _inside(self, path: Path) -> bool:
         return self.root in path.resolve().parents
@@ -209,15 +209,18 @@ class ModelsFolder:
         return [MAIN] * _holds_model(folder) + sorted(named, key=milestone_words)
 
     def milestones(self, run: str) -> list[str]:
-        if run not in self.runs():
+        found = self._milestones(self.root / run) if run in self.runs() else []
+        if not found:
             raise UserError(f"there is no run {str(run)[:80]!r} in {self.title} (any more): choose one of the list")
-        return self._milestones(self.root / run)
+        return found
 
     def _place(self, run: str, milestone: str) -> Path:
         if milestone not in self.milestones(run):
             raise UserError(f"{run} has no milestone {str(milestone)[:80]!r} (any more): choose one of the list")
         folder = self.root / run if milestone == MAIN else self.root / run / milestone
-        for file in [folder, *folder.iterdir()]:
+        if not (files := _listing(folder)):
+            raise UserError(f"{run} {milestone} went away just now: choose another of the list")
+        for file in [folder, *files]:
             if not self._inside(file):
                 raise UserError(f"{run} {milestone}: {file.name} is a link to outside the models folder, which is never followed")
         return folder
@@ -308,8 +311,17 @@ class HubModels:
             raise UserError(str(error).replace(str(folder), f"{self.repo}@{milestone}")) from error
 
 
+def _listing(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing where it went away meanwhile, as a run that is moved aside does."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _holds_model(folder: Path) -> bool:
-    return ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))) or (folder / "adapter_model.safetensors").is_file()
+    names = {path.name for path in _listing(folder)}
+    return "adapter_model.safetensors" in names or ("config.json" in names and any(name.endswith(".safetensors") for name in names))
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -324,6 +324,33 @@ def test_damaged_and_changed_folders_are_errors_that_name_the_run(root, tokenize
         place.load("run", "main")
 
 
+def test_runs_may_come_and_go_while_they_are_looked_at(tokenizer, tmp_path):
+    """Anything but a UserError would be a dead page: another process moves runs aside, or deletes them, at any moment."""
+    made = make_run(tmp_path / "models" / "run", "gpt2", tokenizer, milestones=["chck_1K"])
+    make_run(tmp_path / "models" / "stays", "gpt2", tokenizer)
+    place, over = ModelsFolder(tmp_path / "models"), threading.Event()
+
+    def come_and_go():
+        while not over.is_set():
+            shutil.copytree(made, tmp_path / "models" / "other", dirs_exist_ok=True)
+            shutil.rmtree(tmp_path / "models" / "other")
+
+    thread, said = threading.Thread(target=come_and_go), set()
+    thread.start()
+    try:
+        for _ in range(1000):
+            for look in (place.milestones, lambda run: place.has_chat_template(run, "main"), lambda run: place._place(run, "chck_1K")):
+                try:
+                    said.add(str(look("other")))
+                except UserError as error:
+                    said.add(str(error)[:15])
+            assert "stays" in place.runs()
+    finally:
+        over.set()
+        thread.join()
+    assert {"there is no run", "False"} <= said
+
+
 def test_few_models_stay_in_memory(place):
     for run, milestone in (("gpt2", "main"), ("gpt2", "chck_2K"), ("gpt2", "chck_10K"), ("group/llama", "main"), ("gpt2", "chck_10K")):
         place.load(run, milestone)
