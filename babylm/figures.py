@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
@@ -459,4 +460,67 @@ def scores_figure(runs, tasks, width=6.8):
             ax.xaxis.set_major_locator(LogLocator())
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     _legends(fig, [(index, run) for index, run in enumerate(runs) if any(len(run.curve(name)) for name in sets)], used)
+    return fig
+
+
+# ---- Sweeps ---------------------------------------------------------------------------------------------------------
+
+
+@style()
+def lines_figure(lines, x_label, y_label, width=3.3):
+    """A line per name over a numeric axis: mean over seeds, bars of one standard deviation, the values of single seeds as dots.
+
+    Args:
+        lines: {name: [(x, [value of each seed]), ...]}; "" names the only line there is.
+    """
+    fig = Figure(figsize=(width, 2.5), layout="constrained")
+    ax, places = fig.subplots(), sorted({x for line in lines.values() for x, _ in line})
+    for index, (name, line) in enumerate(lines.items()):
+        line = sorted((x, values) for x, values in line if values)
+        xs, means = [x for x, _ in line], [float(np.mean(values)) for _, values in line]
+        spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for _, values in line]
+        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, capsize=2, elinewidth=0.7, **look(index, label=name or None))
+        for x, values in line:
+            ax.plot([x] * len(values), values, linestyle="", marker=".", markersize=2, color=COLOURS[index % 7], alpha=0.5)
+    if min(places) > 0 and max(places) > 5 * min(places) or len(places) > 2 and min(places) > 0 and places[1] / places[0] >= 2:
+        ax.set_xscale("log")
+    ax.set_xticks(places, [si(place) for place in places])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel=x_label, ylabel=y_label)
+    if any(lines):
+        ax.legend()
+    return fig
+
+
+@style()
+def heat_map(maps, rows, columns, label, width=3.3):
+    """One panel per name, a cell per pair of values with the number in it; lower is better, and the lowest of all is framed.
+
+    Args:
+        maps: {name: [rows][columns] of numbers, NaN where there is none}; "" names the only panel.
+        rows, columns: (axis, its labels).
+    """
+    tables = {name: np.array(values, dtype=float) for name, values in maps.items()}
+    every = np.concatenate([table[np.isfinite(table)] for table in tables.values()])
+    (row_axis, row_labels), (column_axis, column_labels) = rows, columns
+    fig = Figure(figsize=(max(width, 0.5 + 0.55 * len(column_labels) * len(tables)), 0.9 + 0.3 * len(row_labels)), layout="constrained")
+    panels = np.atleast_1d(fig.subplots(1, len(tables), sharey=True))
+    for ax, (name, table) in zip(panels, tables.items(), strict=True):
+        image = ax.imshow(table, cmap="viridis_r", vmin=every.min(), vmax=max(every.max(), every.min() + 1e-9), aspect="auto")
+        ax.set_title(name, fontsize=7)
+        ax.set_xticks(range(len(column_labels)), column_labels)
+        ax.set_yticks(range(len(row_labels)), row_labels)
+        ax.set_xlabel(column_axis)
+        ax.grid(visible=False)
+        ax.tick_params(length=0)
+        for (row, column), value in np.ndenumerate(table):
+            if math.isfinite(value):
+                dark = (every.max() - value) < 0.5 * (every.max() - every.min())
+                ax.annotate(f"{value:.3f}", (column, row), ha="center", va="center", fontsize=6, color="white" if dark else "black")
+                if value == every.min():
+                    ax.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.5))
+    panels[0].set_ylabel(row_axis)
+    bar = fig.colorbar(image, ax=panels, pad=0.02)
+    bar.set_label(label, fontsize=6)
+    bar.ax.tick_params(labelsize=6)
     return fig

@@ -1,0 +1,497 @@
+"""A sweep: axes of values and seeds over a base config, every combination an ordinary run folder; and its report.
+
+sweep.py is the command. A sweep's YAML:
+
+    name: lambda                        # runs go to <output>/<name>/<run>
+    stage: train_student.py
+    config: configs/10M/student.yaml    # every run is this, with the keys below
+    set: {training.epochs: 2}           # for all of them
+    grid:                               # every combination of one value of each axis
+      distillation.temperature: [1, 2]  # a config key and its values,
+      method:                           # or points with names, each with any keys (also stage and config);
+        CE: {stage: train_baseline.py, config: configs/10M/baseline.yaml}
+        KD: {distillation.teacher: "models/teacher-{words}"}     # {axis} stands for the value of another axis
+      words: {250K: {data.corpus: corpus_250K}, 1M: {data.corpus: corpus_split}}
+    seeds: [1, 2, 3]
+    control: {method: CE}               # what the other values of that axis are compared with, seed by seed
+"""
+
+import contextlib
+import copy
+import csv
+import io
+import itertools
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+from scipy import stats
+
+from babylm import figures
+from babylm.config import (
+    BaselineConfig,
+    MoEPStudentConfig,
+    RLConfig,
+    RunConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    apply_override,
+    check,
+    identity,
+    key,
+    parse_word_count,
+    read_yaml,
+)
+from babylm.run_folder import PREEMPTED_EXIT, read_finished, write_text
+
+Stage = Literal["train_teacher.py", "train_baseline.py", "train_student.py", "train_moep_student.py", "ppo.py"]
+SCHEMAS: dict[str, type[Section]] = {
+    "train_teacher.py": TeacherConfig, "train_baseline.py": BaselineConfig, "train_student.py": StudentConfig,
+    "train_moep_student.py": MoEPStudentConfig, "ppo.py": RLConfig}
+LOGS = "logs"  # beside the run folders
+
+
+class SweepConfig(Section):
+    """`sweep.py`."""
+
+    name: str = key(..., "runs go to <output>/<name>/<run>", min_length=1)
+    output: str = key("models", "folder of all runs and sweeps")
+    stage: Stage = key("train_student.py", "the script that every run is of, unless a point of the grid names another")
+    config: str | None = key(None, "the base config of every run, unless a point of the grid names another")
+    set: dict[str, Any] = key({}, "config keys of all runs, as {training.lr: 1e-3}")
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = key(
+        ..., "axes: a config key with a list of values, or a name with points {label: {config key: value}}", min_length=1)
+    seeds: list[int] = key([], "every combination with each of these; default: the seed of the config")
+    control: dict[str, Any] = key({}, "{axis: value}: what the other values on these axes are compared with, all else equal")
+
+    @field_validator("name")
+    @classmethod
+    def usable_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w-]+", value):
+            raise ValueError(f"name {value!r} must hold letters, digits, - and _ only: it is a folder")
+        return value
+
+    @model_validator(mode="after")
+    def axes_fit(self) -> "SweepConfig":
+        problems = [f"grid.{axis} is empty" for axis, values in self.grid.items() if not values]
+        for axis, values in self.grid.items():
+            labels = [label_of(value) for value in values]
+            problems += [f"grid.{axis}: {label} stands there twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
+        for axis, value in self.control.items():
+            if axis not in self.grid:
+                problems.append(f"control.{axis} is no axis of the grid, which has {', '.join(self.grid)}")
+            elif label_of(value) not in map(label_of, self.grid[axis]):
+                problems.append(f"control.{axis}: {value} is none of its values, {', '.join(map(label_of, self.grid[axis]))}")
+        if len(set(self.seeds)) < len(self.seeds):
+            problems.append("seeds holds one twice")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def root(self) -> Path:
+        """The folder of this sweep's runs."""
+        return Path(self.output) / self.name
+
+
+def label_of(value: Any) -> str:
+    """A value as it stands in names and tables: 0.5, 250K, true."""
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+
+
+# ---- The runs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlannedRun:
+    """One run of a sweep."""
+
+    name: str
+    labels: dict[str, str]  # {axis: its value here}
+    seed: int
+    stage: str
+    source: str  # its base config
+    overrides: list[str]  # as on the stage's command line
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return Path(self.config.output) / self.config.name
+
+    def commands(self) -> Iterator[list[str]]:
+        """What has to be executed, in order: a student that reads its teachers from the cache needs that first."""
+        arguments = ["--config", self.source, *self.overrides]
+        if (distillation := getattr(self.config, "distillation", None)) and distillation.cache:
+            yield [sys.executable, "-m", "babylm.teacher_cache", *arguments]
+        yield [sys.executable, self.stage, *arguments]
+
+    def reads(self) -> set[Path]:
+        """Folders of models that it starts from or learns from."""
+        distillation = getattr(self.config, "distillation", None)
+        paths = [entry.path for entry in distillation.entries] if distillation else []
+        return {Path(path) for path in [*paths, self.config.model.path] if path}
+
+    def state(self) -> str:
+        """done, other settings, or what run/status.json says of a run that is not done; `new` where there is none.
+
+        A run is done if it finished with this very config (its identity: where files lie and what is logged may differ). Text
+        and teachers are not read again: a run that is started compares their fingerprints itself.
+        """
+        recorded = self.folder / "run" / "identity.json"
+        if recorded.is_file():
+            theirs = json.loads(recorded.read_text(encoding="utf-8"))
+            if {name: value for name, value in theirs.items() if not name.startswith("fingerprint.")} != identity(self.config):
+                return "other settings"
+            if read_finished(self.folder):
+                return "done"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.folder / "run" / "status.json").read_text(encoding="utf-8"))["state"]
+        return "new"
+
+
+def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
+    """Every run of a sweep, in the order of its grid (the first axis slowest, seeds fastest).
+
+    Args:
+        overrides: further key=value for every run, such as training.threads=1.
+
+    Raises:
+        UserError: lists what is wrong with any run's config, before any of them starts.
+    """
+    runs, problems, sources = [], [], {}
+    named = {axis for axis, points in sweep.grid.items() if isinstance(points, dict)}  # whose labels say it all
+    for values in itertools.product(*([(label_of(value), value) for value in axis] for axis in sweep.grid.values())):
+        labels = {axis: label for axis, (label, _) in zip(sweep.grid, values, strict=True)}
+        keys = {"stage": sweep.stage, "config": sweep.config, **sweep.set}
+        for (axis, points), (label, value) in zip(sweep.grid.items(), values, strict=True):
+            keys |= points[label] if isinstance(points, dict) else {axis: value}
+        stage, source = keys.pop("stage"), keys.pop("config")
+        if stage not in SCHEMAS:
+            raise UserError(f"stage {stage!r} is none of {', '.join(SCHEMAS)}")
+        if source is None:
+            raise UserError(f"no config for {labels}: give `config`, the YAML that every run starts from")
+        base = sources.setdefault(source, read_yaml(source))
+        for seed in sweep.seeds or [base.get("seed", 0)]:
+            name = _run_name(labels, named, seed)
+            given = [f"{path}={_written(value, labels)}" for path, value in keys.items()]
+            given += [*overrides, f"seed={seed}", f"name={name}", f"output={sweep.root}"]
+            values = copy.deepcopy(base)
+            try:
+                for override in given:
+                    apply_override(values, override)
+                runs.append(PlannedRun(name, labels, seed, stage, source, given, check(SCHEMAS[stage], values, source)))
+            except UserError as error:
+                problems.append(f"{name}: {error}")
+    names = [run.name for run in runs]
+    problems += [f"two runs would be named {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise UserError("\n".join(problems))
+    return runs
+
+
+def _run_name(labels: dict[str, str], named: set[str], seed: int) -> str:
+    """alpha0p5-KD-s1: no dots, because evaluation cuts names there; a number, or the value of a key, after what it is of."""
+    parts = [label if axis in named and _number(label) is None else axis.split(".")[-1] + label for axis, label in labels.items()]
+    return re.sub(r"[^\w-]+", "_", "-".join(parts).replace(".", "p")) + f"-s{seed}"
+
+
+def _written(value: Any, labels: dict[str, str]) -> str:
+    """A value as an override has it; {axis} in a text becomes that axis' label."""
+    text = json.dumps(value)
+    for axis, label in labels.items():
+        text = text.replace("{" + axis + "}", label)
+    return text
+
+
+# ---- Running them ---------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs what is not done yet, some at a time; a run that fails is reported and stops none but those that read it.
+
+    Args:
+        runs: of `plan`.
+        jobs: how many at a time.
+        to_screen: output of the runs goes to the screen instead of <sweep>/logs/<run>.log.
+    """
+
+    def __init__(self, runs: Sequence[PlannedRun], jobs: int = 1, to_screen: bool = False):
+        self.runs, self.jobs, self.to_screen = list(runs), jobs, to_screen
+        self.ended = {run.folder: threading.Event() for run in runs}
+        self.outcomes: dict[str, str] = {}
+        self._active: set[subprocess.Popen] = set()
+        self._lock, self.stopped_by = threading.Lock(), ""
+
+    def run(self) -> int:
+        """Run all; returns the exit code: 0, 1 if any failed, 75 if a signal stopped it (the same command continues)."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        try:
+            # What is read by others comes first, so that a run never waits for one that has no place yet.
+            writes = {run.folder for run in self.runs}
+            order = sorted(self.runs, key=lambda run: bool(run.reads() & writes))
+            with ThreadPoolExecutor(self.jobs) as pool:
+                for future in [pool.submit(self._one, run) for run in order]:
+                    while not future.done():  # a wait without end would keep signals from this thread
+                        time.sleep(0.1)
+                    future.result()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        counts = {state: list(self.outcomes.values()).count(state) for state in dict.fromkeys(self.outcomes.values())}
+        print(f"{len(self.runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()), flush=True)
+        return PREEMPTED_EXIT if self.stopped_by or "preempted" in counts else int(counts.keys() - {"done"} != set())
+
+    def _one(self, run: PlannedRun) -> None:
+        try:
+            for folder in run.reads() & self.ended.keys() - {run.folder}:
+                self.ended[folder].wait()
+            self.outcomes[run.name] = self._outcome(run)
+        finally:
+            self.ended[run.folder].set()
+
+    def _outcome(self, run: PlannedRun) -> str:
+        where = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.folder}"
+        state = run.state()
+        if state == "done":
+            self._say(f"{where}: done, CE {read_finished(run.folder)['ce']:.4f}")
+            return "done"
+        if state == "other settings":
+            self._say(f"{where}: FAILED: the folder holds a run with other settings: move it away, or give the sweep another name")
+            return "failed"
+        if missing := [other.name for other in self.runs if other.folder in run.reads() and self.outcomes.get(other.name) != "done"]:
+            self._say(f"{where}: not started, because {', '.join(missing)} is not done")
+            return "not started"
+        if self.stopped_by:
+            return "not started"
+        log, began = run.folder.parent / LOGS / f"{run.name}.log", time.monotonic()
+        self._say(f"{where}: {'continues' if state in ('preempted', 'running', 'failed') else 'starts'}"
+                  + ("" if self.to_screen else f" (log: {log})"))
+        code = 0
+        for command in run.commands():
+            code = code or self._execute(command, log)
+        spent = timedelta(seconds=round(time.monotonic() - began))
+        if code == 0 and run.state() == "done":
+            self._say(f"{where}: done in {spent}, CE {read_finished(run.folder)['ce']:.4f}")
+            return "done"
+        if code == PREEMPTED_EXIT:
+            self._say(f"{where}: preempted after {spent}; the same command continues")
+            return "preempted"
+        said = "" if self.to_screen or not log.is_file() else "\n    " + "\n    ".join(log.read_text(errors="replace").splitlines()[-3:])
+        self._say(f"{where}: FAILED with exit code {code} after {spent}{said}")
+        return "failed"
+
+    def _execute(self, command: list[str], log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.nullcontext() if self.to_screen else open(log, "a", encoding="utf-8") as stream:
+            with self._lock:
+                if self.stopped_by:
+                    return PREEMPTED_EXIT
+                # A session of its own: Ctrl-C reaches this process alone, which asks the run to save and stop.
+                process = subprocess.Popen(command, stdout=stream, stderr=stream and subprocess.STDOUT, start_new_session=True)
+                self._active.add(process)
+            code = process.wait()
+            with self._lock:
+                self._active.discard(process)
+        return code
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        self.stopped_by = signal.Signals(number).name
+        for process in list(self._active):
+            process.terminate()
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+MEASURES = {"ce": ("validation CE", 3), "perplexity": ("perplexity", 1)}  # evaluation scores have names of their own, and two digits
+
+
+@dataclass
+class Point:
+    """The runs of one combination, which differ in their seed alone.
+
+    labels: {axis: its value}; values: {measure: {seed: value}}; control: the point it is compared with, None if it is one itself.
+    """
+
+    labels: dict[str, str]
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    control: "Point | None" = None
+
+    def differences(self, measure: str) -> list[float]:
+        """This point minus its control, for every seed that both have."""
+        theirs = self.control.values.get(measure, {}) if self.control else {}
+        return [value - theirs[seed] for seed, value in self.values.get(measure, {}).items() if seed in theirs]
+
+    def mean(self, measure: str) -> float:
+        """Over seeds; NaN without a value."""
+        return statistics.fmean(self.values.get(measure, {}).values() or [math.nan])
+
+
+def collect(runs: Sequence[PlannedRun], results: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row per run, what was noticed): its place in the grid, its state and, if it is done, what it reached.
+
+    Validation CE is that of run/scores.json (`python -m babylm.scoring`: the whole validation part) if every finished run has
+    it, else that of the end of training (data.eval_blocks of it). Scores are those of results/<run>/main (`python -m eval.zero_shot`).
+    """
+    done = [run for run in runs if run.state() == "done"]
+    scored = [run.folder / "run" / "scores.json" for run in done]
+    whole = bool(scored) and all(path.is_file() for path in scored)
+    notes = [f"validation CE is that of {'run/scores.json (the whole validation part)' if whole else 'the end of training'}"]
+    if not whole and any(path.is_file() for path in scored):
+        notes.append("some runs have a run/scores.json and some have none, so none was used")
+    rows = []
+    for run in runs:
+        row: dict[str, Any] = {"run": run.name, **run.labels, "seed": run.seed, "state": run.state()}
+        if run in done:
+            finished = read_finished(run.folder)
+            found = json.loads((run.folder / "run" / "scores.json").read_text(encoding="utf-8")) if whole else finished
+            row |= {name: finished[name] for name in ("steps", "words_seen", "parameters", "seconds") if name in finished}
+            row |= {"ce": found["ce"], "perplexity": math.exp(found["ce"])}
+            summary = results / run.name / "main" / "zero_shot" / "causal" / "summary.json"
+            if summary.is_file() and summary.stat().st_mtime < (run.folder / "run" / "finished.json").stat().st_mtime:
+                notes.append(f"{summary} is older than the run: not used; score it again")
+            elif summary.is_file():
+                row |= {name: entry["score"] for name, entry in json.loads(summary.read_text(encoding="utf-8"))["tasks"].items()}
+        else:
+            notes.append(f"{run.name} is not done ({row['state']}): it is in no mean")
+        rows.append(row)
+    return rows, notes
+
+
+def points_of(sweep: SweepConfig, runs: Sequence[PlannedRun], rows: Sequence[dict[str, Any]]) -> list[Point]:
+    """The combinations of the grid in its order, each with its values over seeds and its control."""
+    points: dict[tuple, Point] = {}
+    for run, row in zip(runs, rows, strict=True):
+        point = points.setdefault(tuple(run.labels.values()), Point(run.labels))
+        for measure in measures_of([row]):
+            point.values.setdefault(measure, {})[run.seed] = row[measure]
+    for point in points.values():
+        labels = {**point.labels, **{axis: label_of(value) for axis, value in sweep.control.items()}}
+        if sweep.control and labels != point.labels:
+            point.control = points[tuple(labels.values())]
+    return list(points.values())
+
+
+def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """ce, perplexity and the evaluation scores that any row has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return names[names.index("ce"):] if "ce" in names else []
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """(mean, half the 95 % confidence interval by Student's t over seeds); NaN for the second with one seed."""
+    if len(differences) < 2:
+        return statistics.fmean(differences), math.nan
+    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
+    return statistics.fmean(differences), quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def table(sweep: SweepConfig, points: Sequence[Point], measures: Sequence[str]) -> str:
+    """Markdown: a row per combination; mean ± standard deviation over seeds, difference to the control ± 95 % interval."""
+    compared = any(point.control for point in points)
+    heads, best = [], best_of(points)
+    for measure in measures:
+        title = MEASURES.get(measure, (measure, 2))[0]
+        heads += [title, f"{title} - control"] if compared and measure != "perplexity" else [title]
+    lines = [f"| {' | '.join([*sweep.grid, 'seeds', *heads])} |", "|" + "---|" * (len(sweep.grid) + 1 + len(heads))]
+    for point in points:
+        cells = [*point.labels.values(), str(len(point.values.get("ce", {})))]
+        for measure in measures:
+            digits, values = MEASURES.get(measure, (measure, 2))[1], list(point.values.get(measure, {}).values())
+            mean = f"{point.mean(measure):.{digits}f}" if values else "-"
+            mean = f"**{mean}**" if point is best and measure == "ce" else mean
+            cells.append(mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""))
+            if compared and measure != "perplexity":
+                differences = point.differences(measure)
+                middle, half = interval(differences) if differences else (math.nan, math.nan)
+                shown = f"{middle:+.{digits}f} ± {half:.{digits}f}" if not math.isnan(half) else f"{middle:+.{digits}f}"
+                cells.append(shown if differences else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def best_of(points: Sequence[Point]) -> Point | None:
+    """The point of lowest mean validation CE: the weighted loss of another weighting is another quantity."""
+    done = [point for point in points if point.values.get("ce")]
+    return min(done, key=lambda point: point.mean("ce"), default=None)
+
+
+def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> list[Path]:
+    """Write report.csv (a row per run), report.md and, for one or two numeric axes, a figure into the sweep's folder; print the table."""
+    rows, notes = collect(runs, results)
+    points = points_of(sweep, runs, rows)
+    measures = measures_of(rows)
+    if not measures:
+        raise UserError(f"none of the {len(runs)} runs in {sweep.root} is done: python sweep.py --config <this file> runs them")
+    with_seeds = any(len(point.values.get("ce", {})) > 1 for point in points)
+    best = best_of(points)
+    text = [f"# {sweep.name}", "", table(sweep, points, measures), "",
+            "Mean ± standard deviation over seeds" + ("" if with_seeds else " (one seed: none)")
+            + ("; differences to " + ", ".join(f"{axis} {label_of(value)}" for axis, value in sweep.control.items())
+               + " at the same seed, ± 95 % interval (Student's t over seeds)" if sweep.control else "") + ".",
+            "Best by validation CE: " + ", ".join(f"{axis} {label}" for axis, label in best.labels.items()) + ".", "",
+            *(f"- {note}" for note in notes)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    written = [sweep.root / "report.csv", sweep.root / "report.md"]
+    for path, content in zip(written, (stream.getvalue(), "\n".join(text) + "\n"), strict=True):
+        write_text(path, content)
+    print("\n".join(text))
+    if figure := draw(points):
+        written += figures.save(figure, sweep.root / "report")
+    return written
+
+
+def numeric_axes(points: Sequence[Point]) -> dict[str, list[str]]:
+    """{axis: its labels, ascending} of the axes whose labels are all numbers (250K is one) and of which there are several."""
+    found = {axis: list(dict.fromkeys(point.labels[axis] for point in points)) for axis in points[0].labels}
+    return {axis: sorted(labels, key=_number) for axis, labels in found.items()
+            if len(labels) > 1 and all(_number(label) is not None for label in labels)}
+
+
+def draw(points: Sequence[Point]) -> Any:
+    """Validation CE over the numeric axes: a line per other combination for one, a heat map each for two; else None."""
+    axes = numeric_axes(points)
+    if len(axes) not in (1, 2):
+        return None
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(", ".join(label for axis, label in point.labels.items() if axis not in axes), []).append(point)
+    if len(axes) == 1:
+        [axis] = axes
+        lines = {name: [(_number(point.labels[axis]), list(point.values.get("ce", {}).values())) for point in group]
+                 for name, group in groups.items()}
+        return figures.lines_figure(lines, axis, figures.LABELS["ce"])
+    (rows, row_labels), (columns, column_labels) = axes.items()
+    maps = {}
+    for name, group in groups.items():
+        cells = {(point.labels[rows], point.labels[columns]): point.mean("ce") for point in group}
+        maps[name] = [[cells.get((row, column), math.nan) for column in column_labels] for row in row_labels]
+    return figures.heat_map(maps, (rows, row_labels), (columns, column_labels), figures.LABELS["ce"])
+
+
+def _number(label: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(parse_word_count(label))
+    return None
