@@ -1,7 +1,7 @@
 """Sweeps and studies: a grid of config keys, methods and seeds, each combination an ordinary run folder, and their report.
 
 Reads    configs/sweeps/<name>.yaml (babylm/sweeps.py says what may stand in it) and the configs that it names
-Writes   <output>/<sweep>/<run>/ : run folders; logs/<run>.log; with --report: report.csv, report.md, report.png and .svg
+Writes   <output>/<sweep>/<run>/ : run folders; <run>.log; with --report: report.csv, report.md, report.png and .svg
 Command  python sweep.py --config configs/sweeps/lambda.yaml               # runs what is not done yet, one after the other
          python sweep.py --config configs/sweeps/lambda.yaml --jobs 2      # two at a time
          python sweep.py --config configs/sweeps/lambda.yaml --report      # what came out, chosen by validation CE

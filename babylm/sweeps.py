@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
-from scipy import stats
+from scipy import special
 
 from babylm import figures
 from babylm.config import (
@@ -63,7 +63,6 @@ Stage = Literal["train_teacher.py", "train_baseline.py", "train_student.py", "tr
 SCHEMAS: dict[str, type[Section]] = {
     "train_teacher.py": TeacherConfig, "train_baseline.py": BaselineConfig, "train_student.py": StudentConfig,
     "train_moep_student.py": MoEPStudentConfig, "ppo.py": RLConfig}
-LOGS = "logs"  # beside the run folders
 
 
 class SweepConfig(Section):
@@ -228,7 +227,7 @@ class Runner:
     Args:
         runs: of `plan`.
         jobs: how many at a time.
-        to_screen: output of the runs goes to the screen instead of <sweep>/logs/<run>.log.
+        to_screen: output of the runs goes to the screen instead of <sweep>/<run>.log.
     """
 
     def __init__(self, runs: Sequence[PlannedRun], jobs: int = 1, to_screen: bool = False):
@@ -279,7 +278,7 @@ class Runner:
             return "not started"
         if self.stopped_by:
             return "not started"
-        log, began = run.folder.parent / LOGS / f"{run.name}.log", time.monotonic()
+        log, began = run.folder.with_name(f"{run.name}.log"), time.monotonic()
         self._say(f"{where}: {'continues' if state in ('preempted', 'running', 'failed') else 'starts'}"
                   + ("" if self.to_screen else f" (log: {log})"))
         code = 0
@@ -289,7 +288,7 @@ class Runner:
         if code == 0 and run.state() == "done":
             self._say(f"{where}: done in {spent}, CE {read_finished(run.folder)['ce']:.4f}")
             return "done"
-        if code == PREEMPTED_EXIT:
+        if code == PREEMPTED_EXIT or (self.stopped_by and code == -signal.SIGTERM):  # the second: it was still loading its packages
             self._say(f"{where}: preempted after {spent}; the same command continues")
             return "preempted"
         said = "" if self.to_screen or not log.is_file() else "\n    " + "\n    ".join(log.read_text(errors="replace").splitlines()[-3:])
@@ -400,7 +399,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     """(mean, half the 95 % confidence interval by Student's t over seeds); NaN for the second with one seed."""
     if len(differences) < 2:
         return statistics.fmean(differences), math.nan
-    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
+    quantile = float(special.stdtrit(len(differences) - 1, 0.975))
     return statistics.fmean(differences), quantile * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
@@ -482,13 +481,13 @@ def draw(points: Sequence[Point]) -> Any:
         [axis] = axes
         lines = {name: [(_number(point.labels[axis]), list(point.values.get("ce", {}).values())) for point in group]
                  for name, group in groups.items()}
-        return figures.lines_figure(lines, axis, figures.LABELS["ce"])
+        return figures.lines_figure(lines, axis.split(".")[-1], figures.LABELS["ce"])
     (rows, row_labels), (columns, column_labels) = axes.items()
     maps = {}
     for name, group in groups.items():
         cells = {(point.labels[rows], point.labels[columns]): point.mean("ce") for point in group}
         maps[name] = [[cells.get((row, column), math.nan) for column in column_labels] for row in row_labels]
-    return figures.heat_map(maps, (rows, row_labels), (columns, column_labels), figures.LABELS["ce"])
+    return figures.heat_map(maps, (rows.split(".")[-1], row_labels), (columns.split(".")[-1], column_labels), figures.LABELS["ce"])
 
 
 def _number(label: str) -> float | None:
