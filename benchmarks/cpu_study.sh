@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study on real text that one CPU can do: rebuilds every model of the README's tables into models/cpu/, or the ones
+# The study on real text that one CPU can do: rebuilds every model of the tables in RESULTS.md into models/cpu/, or the ones
 # named, skips what is finished and resumes what was stopped.
 #
 #   bash benchmarks/cpu_study.sh [model ...] [--seed N ...] [key=value ...]

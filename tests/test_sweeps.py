@@ -148,17 +148,17 @@ def reported(sweep, tmp_path, capsys):
 
 def test_means_spreads_and_paired_differences(sweep, reported):
     made = sweep({"method": {"CE": {"distillation.alpha": 1.0}, "KD": {}}}, seeds=[1, 2, 3], control={"method": "CE"})
-    ces = {"CE-s1": 4.4, "CE-s2": 4.6, "CE-s3": 4.5, "KD-s1": 4.0, "KD-s2": 4.3, "KD-s3": 4.1}
+    ces = {"CE-s1": 4.4, "CE-s2": 4.6, "CE-s3": 4.5, "KD-s1": 4.3, "KD-s2": 4.0, "KD-s3": 4.1}
     rows, text, out = reported(made, ces, KD__s1=60.0, KD__s2=62.0, KD__s3=61.0, CE__s1=55.0, CE__s2=58.0, CE__s3=56.0)
     assert text.strip() in out
-    # Paired by seed: -0.4, -0.3, -0.4; t(0.975, 2) = 4.3027; sd = 0.057735; half = 4.3027 * 0.057735 / sqrt(3) = 0.1434
-    assert "| KD | 3 | **4.133** ± 0.153 | -0.367 ± 0.143 |" in text
+    # Paired by seed: -0.1, -0.6, -0.4; t(0.975, 2) = 4.3027; sd = 0.25166; half = 4.3027 * 0.25166 / sqrt(3) = 0.6252
+    assert "| KD | 3 | **4.133** ± 0.153 | -0.367 ± 0.625 |" in text
     assert "| CE | 3 | 4.500 ± 0.100 |  |" in text  # the control is compared with nothing
     assert "61.00 ± 1.00 | +4.67 ± 1.43 |" in text  # 5, 4, 5
     perplexities = [math.exp(ce) for name, ce in ces.items() if name.startswith("KD")]
     assert f"{statistics.mean(perplexities):.1f} ± {statistics.stdev(perplexities):.1f}" in text  # of each run, not of the mean
-    assert [row["run"] for row in rows] == list(ces) and rows[4]["ce"] == "4.3" and rows[4]["method"] == "KD" and rows[4]["seed"] == "2"
-    assert float(rows[3]["perplexity"]) == math.exp(4.0) and rows[3]["blimp_fast"] == "60.0" and rows[3]["words_seen"] == "100"
+    assert [row["run"] for row in rows] == list(ces) and rows[4]["ce"] == "4.0" and rows[4]["method"] == "KD" and rows[4]["seed"] == "2"
+    assert float(rows[3]["perplexity"]) == math.exp(4.3) and rows[3]["blimp_fast"] == "60.0" and rows[3]["words_seen"] == "100"
 
 
 def test_an_interval_is_student_s(sweep):
