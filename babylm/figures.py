@@ -482,10 +482,10 @@ def lines_figure(lines, x_label, y_label, width=3.3):
         ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, capsize=2, elinewidth=0.7, **look(index, label=name or None))
         for x, values in line:
             ax.plot([x] * len(values), values, linestyle="", marker=".", markersize=2, color=COLOURS[index % 7], alpha=0.5)
-    if min(places) > 0 and max(places) > 5 * min(places) or len(places) > 2 and min(places) > 0 and places[1] / places[0] >= 2:
+    if min(places) > 0 and max(places) > 3 * min(places):
         ax.set_xscale("log")
     ax.set_xticks(places, [si(place) for place in places])
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks([], minor=True)
     ax.set(xlabel=x_label, ylabel=y_label)
     if any(lines):
         ax.legend()

@@ -481,13 +481,18 @@ def draw(points: Sequence[Point]) -> Any:
         [axis] = axes
         lines = {name: [(_number(point.labels[axis]), list(point.values.get("ce", {}).values())) for point in group]
                  for name, group in groups.items()}
-        return figures.lines_figure(lines, axis.split(".")[-1], figures.LABELS["ce"])
+        return figures.lines_figure(lines, _short(axis), "validation CE (nats/token)")
     (rows, row_labels), (columns, column_labels) = axes.items()
     maps = {}
     for name, group in groups.items():
         cells = {(point.labels[rows], point.labels[columns]): point.mean("ce") for point in group}
         maps[name] = [[cells.get((row, column), math.nan) for column in column_labels] for row in row_labels]
-    return figures.heat_map(maps, (rows.split(".")[-1], row_labels), (columns.split(".")[-1], column_labels), figures.LABELS["ce"])
+    return figures.heat_map(maps, (_short(rows), row_labels), (_short(columns), column_labels), "validation CE (nats/token)")
+
+
+def _short(axis: str) -> str:
+    """A config key without its section: distillation.hidden.weight -> hidden.weight."""
+    return axis.partition(".")[2] or axis
 
 
 def _number(label: str) -> float | None:
