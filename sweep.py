@@ -49,7 +49,7 @@ def main() -> None:
     elif args.report:
         print("wrote", *sweeps.report(sweep, runs, args.results or Path("results") / sweep.name))
     else:
-        sys.exit(sweeps.Runner(runs if args.run is None else [runs[args.run]], args.jobs, to_screen=args.run is not None).run())
+        sys.exit(sweeps.Runner(runs, args.jobs, only=args.run).run())
 
 
 if __name__ == "__main__":

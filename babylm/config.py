@@ -1057,6 +1057,33 @@ def identity(config: Section) -> dict[str, Any]:
     return json.loads(json.dumps(keys))  # the same types as after a round trip through run/identity.json
 
 
+def default_of(schema: type[Section], path: str) -> Any:
+    """The default of a key such as training.beta2, as `identity` writes it; `...` where it has none, or not one alone."""
+    sections, defaults = [schema], []
+    for part in path.split("."):
+        if not part.isdigit():  # the place of an entry in a list
+            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+            sections = [inner for field in fields for inner in _sections_of(field.annotation)]
+            defaults = [... if field.is_required() else field.get_default(call_default_factory=True) for field in fields]
+    if len(defaults) != 1 or defaults[0] is ...:
+        return ...
+    return json.loads(json.dumps(defaults[0].model_dump() if isinstance(defaults[0], Section) else defaults[0]))
+
+
+def differing(theirs: dict[str, Any], mine: dict[str, Any], schema: type[Section]) -> list[str]:
+    """Names of the settings in which a recorded identity differs from another.
+
+    A key that `theirs` lacks because it was made before there was one does not differ, where `mine` has its default: that is told by
+    other keys of the same section, which a section that was left out altogether does not have.
+    """
+    def added(name: str) -> bool:
+        section = name.rpartition(".")[0]
+        return (name not in theirs and any(other.rpartition(".")[0] == section for other in theirs)
+                and mine[name] == default_of(schema, name))
+
+    return [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name) and not added(name)]
+
+
 def content_hash(values: Any) -> str:
     """A short hash of JSON-able values, for names and keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -482,8 +482,9 @@ def lines_figure(lines, x_label, y_label, width=3.3):
         ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, capsize=2, elinewidth=0.7, **look(index, label=name or None))
         for x, values in line:
             ax.plot([x] * len(values), values, linestyle="", marker=".", markersize=2, color=COLOURS[index % 7], alpha=0.5)
-    if min(places) > 0 and max(places) > 3 * min(places):
-        ax.set_xscale("log")
+    positive = [place for place in places if place > 0]
+    if min(places) >= 0 and positive and max(places) > 3 * min(positive):  # symlog has room for a 0
+        ax.set_xscale("log" if min(places) > 0 else "symlog", **({} if min(places) > 0 else {"linthresh": min(positive)}))
     ax.set_xticks(places, [si(place) for place in places])
     ax.set_xticks([], minor=True)
     ax.set(xlabel=x_label, ylabel=y_label)

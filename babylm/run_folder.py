@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from babylm.config import RunConfig, UserError, content_hash, identity
+from babylm.config import RunConfig, UserError, content_hash, differing, identity
 from custom_dataset import DataError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -177,7 +177,7 @@ class RunFolder:
         print(f"fresh: moved the old {self.root} to {aside}", flush=True)
 
     def _require_same(self, theirs: dict, mine: dict) -> None:
-        changed = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+        changed = differing(theirs, mine, type(self.config))
         if not changed:
             return
         lines = [f"  {name}: {theirs.get(name)!r} there, {mine.get(name)!r} now" for name in changed]

@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import statistics
@@ -30,12 +31,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import field_validator, model_validator
 from scipy import special
@@ -52,17 +54,20 @@ from babylm.config import (
     UserError,
     apply_override,
     check,
+    differing,
     identity,
     key,
+    milestone_words,
     parse_word_count,
     read_yaml,
 )
 from babylm.run_folder import PREEMPTED_EXIT, read_finished, write_text
 
-Stage = Literal["train_teacher.py", "train_baseline.py", "train_student.py", "train_moep_student.py", "ppo.py"]
 SCHEMAS: dict[str, type[Section]] = {
     "train_teacher.py": TeacherConfig, "train_baseline.py": BaselineConfig, "train_student.py": StudentConfig,
     "train_moep_student.py": MoEPStudentConfig, "ppo.py": RLConfig}
+OWN_KEYS = ("seed", "name", "output", "fresh", "resume_path")  # of a run, that the sweep itself gives
+COLUMNS = ("run", "seed", "state", "steps", "words_seen", "parameters", "seconds", "ce", "perplexity")  # of a report: no axis is called so
 
 
 class SweepConfig(Section):
@@ -70,7 +75,7 @@ class SweepConfig(Section):
 
     name: str = key(..., "runs go to <output>/<name>/<run>", min_length=1)
     output: str = key("models", "folder of all runs and sweeps")
-    stage: Stage = key("train_student.py", "the script that every run is of, unless a point of the grid names another")
+    stage: str = key("train_student.py", "the script that every run is of, unless a point of the grid names another")
     config: str | None = key(None, "the base config of every run, unless a point of the grid names another")
     set: dict[str, Any] = key({}, "config keys of all runs, as {training.lr: 1e-3}")
     grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = key(
@@ -85,9 +90,19 @@ class SweepConfig(Section):
             raise ValueError(f"name {value!r} must hold letters, digits, - and _ only: it is a folder")
         return value
 
+    @field_validator("grid", mode="before")
+    @classmethod
+    def lists_or_points(cls, value: Any) -> Any:
+        for axis, values in value.items() if isinstance(value, dict) else ():
+            if not isinstance(values, list) and not (isinstance(values, dict) and all(isinstance(keys, dict) for keys in values.values())):
+                raise ValueError(f"{axis}: write a list of values of this key, or points {{name: {{key: value}}}}")
+        return value
+
     @model_validator(mode="after")
     def axes_fit(self) -> "SweepConfig":
         problems = [f"grid.{axis} is empty" for axis, values in self.grid.items() if not values]
+        problems += ["grid.seed: write `seeds`" if axis == "seed" else f"grid.{axis}: a report has a column of that name; choose another"
+                     for axis in self.grid if axis in COLUMNS]
         for axis, values in self.grid.items():
             labels = [label_of(value) for value in values]
             problems += [f"grid.{axis}: {label} stands there twice" for label in dict.fromkeys(labels) if labels.count(label) > 1]
@@ -133,6 +148,11 @@ class PlannedRun:
         """Its run folder."""
         return Path(self.config.output) / self.config.name
 
+    @property
+    def place(self) -> Path:
+        """Its run folder, by its one absolute name."""
+        return self.folder.resolve()
+
     def commands(self) -> Iterator[list[str]]:
         """What has to be executed, in order: a student that reads its teachers from the cache needs that first."""
         arguments = ["--config", self.source, *self.overrides]
@@ -141,27 +161,56 @@ class PlannedRun:
         yield [sys.executable, self.stage, *arguments]
 
     def reads(self) -> set[Path]:
-        """Folders of models that it starts from or learns from."""
+        """Run folders of the models that it starts from or learns from."""
         distillation = getattr(self.config, "distillation", None)
         paths = [entry.path for entry in distillation.entries] if distillation else []
-        return {Path(path) for path in [*paths, self.config.model.path] if path}
+        paths += [getattr(reward, name, None) for reward in getattr(self.config, "rewards", []) for name in ("teacher", "model")]
+        folders = {Path(path).resolve() for path in [*paths, self.config.model.path] if path}
+        return {folder.parent if milestone_words(folder.name) else folder for folder in folders}
+
+    def other_settings(self) -> list[str]:
+        """Keys in which the run that lies in its folder differs from it: what a stage would refuse, and also other paths."""
+        recorded = self.folder / "run" / "identity.json"
+        if not recorded.is_file() or not ((self.folder / "run" / "metrics.jsonl").is_file() or any(self.folder.glob("checkpoint-*"))):
+            return []  # nothing was trained
+        theirs = {name: value for name, value in json.loads(recorded.read_text(encoding="utf-8")).items()
+                  if not name.startswith("fingerprint.")}
+        changed = differing(theirs, identity(self.config), type(self.config))
+        # Paths are no identity of a run, which knows the content of what it read; but two runs of a sweep may differ in nothing else.
+        written, now = read_yaml(self.folder / "run" / "config.yaml"), self.config.model_dump()
+        return changed + [path for path in _paths(now) if _at(written, path) != _at(now, path)]
 
     def state(self) -> str:
         """done, other settings, or what run/status.json says of a run that is not done; `new` where there is none.
 
-        A run is done if it finished with this very config (its identity: where files lie and what is logged may differ). Text
-        and teachers are not read again: a run that is started compares their fingerprints itself.
+        A run is done if it finished with this very config. Text and teachers are not read again; the stage does that for a run
+        that is started.
         """
-        recorded = self.folder / "run" / "identity.json"
-        if recorded.is_file():
-            theirs = json.loads(recorded.read_text(encoding="utf-8"))
-            if {name: value for name, value in theirs.items() if not name.startswith("fingerprint.")} != identity(self.config):
-                return "other settings"
-            if read_finished(self.folder):
-                return "done"
+        if self.other_settings():
+            return "other settings"
+        if read_finished(self.folder):
+            return "done"
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.folder / "run" / "status.json").read_text(encoding="utf-8"))["state"]
         return "new"
+
+
+def _paths(config: dict[str, Any]) -> list[str]:
+    """The keys of a config that say what is read."""
+    lists = [f"{name}.{number}.{part}" for name, entries in (("distillation.teachers", _at(config, "distillation.teachers") or []),
+                                                             ("rewards", config.get("rewards") or []))
+             for number in range(len(entries)) for part in ("path", "teacher", "model")]
+    return ["data.corpus", "data.eval_path", "data.tokenizer", "model.path", "distillation.teacher", *lists]
+
+
+def _at(values: Any, path: str) -> Any:
+    """The value at a.b.0.c in nested mappings and lists; None where there is none."""
+    for part in path.split("."):
+        if isinstance(values, list):
+            values = values[int(part)] if int(part) < len(values) else None
+        else:
+            values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
@@ -185,16 +234,20 @@ def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
             raise UserError(f"stage {stage!r} is none of {', '.join(SCHEMAS)}")
         if source is None:
             raise UserError(f"no config for {labels}: give `config`, the YAML that every run starts from")
-        base = sources.setdefault(source, read_yaml(source))
+        if source not in sources:
+            sources[source] = read_yaml(source)
+        base = sources[source]
+        if clash := [name for name in [*keys, *(override.partition("=")[0] for override in overrides)] if name in OWN_KEYS]:
+            raise UserError(f"{', '.join(clash)}: given by the sweep itself, for every run; write `seeds`, `name` or `output` of the sweep")
         for seed in sweep.seeds or [base.get("seed", 0)]:
             name = _run_name(labels, named, seed)
             given = [f"{path}={_written(value, labels)}" for path, value in keys.items()]
             given += [*overrides, f"seed={seed}", f"name={name}", f"output={sweep.root}"]
-            values = copy.deepcopy(base)
+            keyed = copy.deepcopy(base)
             try:
                 for override in given:
-                    apply_override(values, override)
-                runs.append(PlannedRun(name, labels, seed, stage, source, given, check(SCHEMAS[stage], values, source)))
+                    apply_override(keyed, override)
+                runs.append(PlannedRun(name, labels, seed, stage, source, given, check(SCHEMAS[stage], keyed, source)))
             except UserError as error:
                 problems.append(f"{name}: {error}")
     names = [run.name for run in runs]
@@ -221,66 +274,77 @@ def _written(value: Any, labels: dict[str, str]) -> str:
 # ---- Running them ---------------------------------------------------------------------------------------------------
 
 
+def in_order(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """`runs`, each after those of them that it reads, else as they come. UserError if some read each other."""
+    writers, left, ordered = {run.place: run for run in runs}, list(runs), []
+    while left:
+        ready = [run for run in left if not any(other in left for path in run.reads() if (other := writers.get(path)))]
+        if not ready:
+            raise UserError(f"these runs read each other, so none can be the first: {', '.join(run.name for run in left)}")
+        ordered += ready
+        left = [run for run in left if run not in ready]
+    return ordered
+
+
 class Runner:
     """Runs what is not done yet, some at a time; a run that fails is reported and stops none but those that read it.
 
     Args:
         runs: of `plan`.
         jobs: how many at a time.
-        to_screen: output of the runs goes to the screen instead of <sweep>/<run>.log.
+        only: the number of a single run, whose output goes to the screen instead of <sweep>/<run>.log.
     """
 
-    def __init__(self, runs: Sequence[PlannedRun], jobs: int = 1, to_screen: bool = False):
-        self.runs, self.jobs, self.to_screen = list(runs), jobs, to_screen
-        self.ended = {run.folder: threading.Event() for run in runs}
+    def __init__(self, runs: Sequence[PlannedRun], jobs: int = 1, only: int | None = None):
+        self.runs, self.jobs, self.to_screen = list(runs), jobs, only is not None
+        self.chosen = in_order(runs) if only is None else [runs[only]]
+        self.ended = {run.place: threading.Event() for run in self.chosen}
         self.outcomes: dict[str, str] = {}
+        self.stopped_by = ""
         self._active: set[subprocess.Popen] = set()
-        self._lock, self.stopped_by = threading.Lock(), ""
+        self._lock = threading.Lock()
 
     def run(self) -> int:
-        """Run all; returns the exit code: 0, 1 if any failed, 75 if a signal stopped it (the same command continues)."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        """Run all; returns the exit code: 0, 1 if any is not done, 75 if a signal stopped it (the same command continues)."""
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in signals}
         try:
-            # What is read by others comes first, so that a run never waits for one that has no place yet.
-            writes = {run.folder for run in self.runs}
-            order = sorted(self.runs, key=lambda run: bool(run.reads() & writes))
             with ThreadPoolExecutor(self.jobs) as pool:
-                for future in [pool.submit(self._one, run) for run in order]:
-                    while not future.done():  # a wait without end would keep signals from this thread
-                        time.sleep(0.1)
+                for future in [pool.submit(self._one, run) for run in self.chosen]:
                     future.result()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        counts = {state: list(self.outcomes.values()).count(state) for state in dict.fromkeys(self.outcomes.values())}
-        print(f"{len(self.runs)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()), flush=True)
-        return PREEMPTED_EXIT if self.stopped_by or "preempted" in counts else int(counts.keys() - {"done"} != set())
+        counts = Counter(self.outcomes.values())
+        if len(self.chosen) > 1:
+            print(f"{len(self.chosen)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()), flush=True)
+        return PREEMPTED_EXIT if self.stopped_by or "preempted" in counts else int(counts.keys() != {"done"})
 
     def _one(self, run: PlannedRun) -> None:
         try:
-            for folder in run.reads() & self.ended.keys() - {run.folder}:
-                self.ended[folder].wait()
+            for place in run.reads() & self.ended.keys():
+                self.ended[place].wait()
             self.outcomes[run.name] = self._outcome(run)
         finally:
-            self.ended[run.folder].set()
+            self.ended[run.place].set()
 
     def _outcome(self, run: PlannedRun) -> str:
         where = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.folder}"
-        state = run.state()
+        state, others = run.state(), run.other_settings()
         if state == "done":
             self._say(f"{where}: done, CE {read_finished(run.folder)['ce']:.4f}")
             return "done"
-        if state == "other settings":
-            self._say(f"{where}: FAILED: the folder holds a run with other settings: move it away, or give the sweep another name")
+        if others:
+            self._say(f"{where}: FAILED: the folder holds a run with other settings ({', '.join(others)}): move it away, or give the sweep "
+                      "another name")
             return "failed"
-        if missing := [other.name for other in self.runs if other.folder in run.reads() and self.outcomes.get(other.name) != "done"]:
+        if missing := [other.name for other in self.runs if other.place in run.reads() and other.state() != "done"]:
             self._say(f"{where}: not started, because {', '.join(missing)} is not done")
             return "not started"
         if self.stopped_by:
             return "not started"
         log, began = run.folder.with_name(f"{run.name}.log"), time.monotonic()
-        self._say(f"{where}: {'continues' if state in ('preempted', 'running', 'failed') else 'starts'}"
-                  + ("" if self.to_screen else f" (log: {log})"))
+        self._say(f"{where}: {'starts' if state == 'new' else 'continues'}" + ("" if self.to_screen else f" (log: {log})"))
         code = 0
         for command in run.commands():
             code = code or self._execute(command, log)
@@ -291,7 +355,7 @@ class Runner:
         if code == PREEMPTED_EXIT or (self.stopped_by and code == -signal.SIGTERM):  # the second: it was still loading its packages
             self._say(f"{where}: preempted after {spent}; the same command continues")
             return "preempted"
-        said = "" if self.to_screen or not log.is_file() else "\n    " + "\n    ".join(log.read_text(errors="replace").splitlines()[-3:])
+        said = "" if self.to_screen else "\n    " + "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
         self._say(f"{where}: FAILED with exit code {code} after {spent}{said}")
         return "failed"
 
@@ -304,6 +368,8 @@ class Runner:
                 # A session of its own: Ctrl-C reaches this process alone, which asks the run to save and stop.
                 process = subprocess.Popen(command, stdout=stream, stderr=stream and subprocess.STDOUT, start_new_session=True)
                 self._active.add(process)
+                if self.stopped_by:  # while it was being started
+                    process.terminate()
             code = process.wait()
             with self._lock:
                 self._active.discard(process)
@@ -311,11 +377,12 @@ class Runner:
 
     def _stop(self, number: int, _frame: Any) -> None:
         self.stopped_by = signal.Signals(number).name
+        self._say(f"{self.stopped_by}: runs that are at work are asked to save and stop")
         for process in list(self._active):
             process.terminate()
 
     def _say(self, line: str) -> None:
-        print(line, flush=True)
+        os.write(1, f"{line}\n".encode())  # one piece, from any thread or signal
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------
@@ -364,8 +431,11 @@ def collect(runs: Sequence[PlannedRun], results: Path) -> tuple[list[dict[str, A
             found = json.loads((run.folder / "run" / "scores.json").read_text(encoding="utf-8")) if whole else finished
             row |= {name: finished[name] for name in ("steps", "words_seen", "parameters", "seconds") if name in finished}
             row |= {"ce": found["ce"], "perplexity": math.exp(found["ce"])}
+            ended = (run.folder / "run" / "finished.json").stat().st_mtime
+            notes += [f"{run.name} was finished before {place.name}, which it reads, was: made again since?" for place in run.reads()
+                      if (other := place / "run" / "finished.json").is_file() and other.stat().st_mtime > ended]
             summary = results / run.name / "main" / "zero_shot" / "causal" / "summary.json"
-            if summary.is_file() and summary.stat().st_mtime < (run.folder / "run" / "finished.json").stat().st_mtime:
+            if summary.is_file() and summary.stat().st_mtime < ended:
                 notes.append(f"{summary} is older than the run: not used; score it again")
             elif summary.is_file():
                 row |= {name: entry["score"] for name, entry in json.loads(summary.read_text(encoding="utf-8"))["tasks"].items()}
@@ -422,14 +492,16 @@ def table(sweep: SweepConfig, points: Sequence[Point], measures: Sequence[str]) 
                 differences = point.differences(measure)
                 middle, half = interval(differences) if differences else (math.nan, math.nan)
                 shown = f"{middle:+.{digits}f} ± {half:.{digits}f}" if not math.isnan(half) else f"{middle:+.{digits}f}"
+                shown += f" ({len(differences)} seeds)" if 1 <= len(differences) < len(values) else ""
                 cells.append(shown if differences else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def best_of(points: Sequence[Point]) -> Point | None:
-    """The point of lowest mean validation CE: the weighted loss of another weighting is another quantity."""
-    done = [point for point in points if point.values.get("ce")]
+    """The point of lowest mean validation CE, of those that have most seeds: the weighted loss of another weighting is another quantity."""
+    most = max(len(point.values.get("ce", {})) for point in points)
+    done = [point for point in points if len(point.values.get("ce", {})) == most > 0]
     return min(done, key=lambda point: point.mean("ce"), default=None)
 
 
@@ -445,9 +517,13 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> lis
     text = [f"# {sweep.name}", "", table(sweep, points, measures), "",
             "Mean ± standard deviation over seeds" + ("" if with_seeds else " (one seed: none)")
             + ("; differences to " + ", ".join(f"{axis} {label_of(value)}" for axis, value in sweep.control.items())
-               + " at the same seed, ± 95 % interval (Student's t over seeds)" if sweep.control else "") + ".",
-            "Best by validation CE: " + ", ".join(f"{axis} {label}" for axis, label in best.labels.items()) + ".", "",
+               + " at the same seed, ± 95 % interval (Student's t over seeds; these cover what differs between seeds, not the text and the "
+               "teachers that all share, and are not corrected for their number)" if sweep.control else "") + ".",
+            "Best by validation CE: " + ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
+            + " (chosen on the text that it is reported on).", "",
             *(f"- {note}" for note in notes)]
+    if measures == ["ce", "perplexity"]:
+        text.append(f"- no evaluation scores; to make some: python -m eval.zero_shot {sweep.root}/*/ --output {results} --data <its data>")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")

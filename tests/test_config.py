@@ -26,6 +26,8 @@ from babylm.config import (
     UserError,
     check,
     content_hash,
+    default_of,
+    differing,
     identity,
     key,
     load,
@@ -624,6 +626,22 @@ def test_the_head_of_a_shipped_config_names_its_stage_and_its_command(path):
     assert SCHEMAS[stage - 1] is schema_of(read_yaml(path), path)
     for script, shipped in re.findall(r"python (\w+\.py) --config (\S+)", head):
         assert ROOT / shipped == path and script in (SCHEMAS[stage - 1].__doc__ or "")
+
+
+def test_a_key_that_was_added_since_makes_no_other_run():
+    """A folder made before a key existed is still that run, as long as the key has its default; a section left out is no such thing."""
+    command = check(StudentConfig, distil(alpha=0.5), "")
+    mine = identity(command)
+    older = {name: value for name, value in mine.items() if name not in ("training.beta2", "distillation.temperature")}
+    assert differing(older, mine, StudentConfig) == []
+    changed = identity(check(StudentConfig, distil(alpha=0.5, temperature=2), ""))
+    assert differing(older, changed, StudentConfig) == ["distillation.temperature"]
+    assert differing(mine, older, StudentConfig) == ["training.beta2", "distillation.temperature"]  # a key that is gone
+    with_hidden = identity(check(StudentConfig, distil(alpha=0.5, hidden={"weight": 1.0}), ""))
+    assert {"distillation.hidden.weight", "distillation.hidden.loss"} <= set(differing(mine, with_hidden, StudentConfig))
+    assert differing(mine, {**mine, "fingerprint.teacher2": "x"}, StudentConfig) == ["fingerprint.teacher2"]
+    assert default_of(StudentConfig, "name") is ... and default_of(StudentConfig, "training.beta2") == 0.999
+    assert default_of(RLConfig, "rewards.0.kind") is ...
 
 
 def test_configs_are_shipped_for_every_stage():

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import sweep as sweep_script
@@ -88,7 +89,10 @@ def test_all_mistakes_are_said_before_anything_starts(sweep, tmp_path):
             ({"training.lr": [1]}, {"control": {"training.lr": 2}}, "2 is none of its values, 1"),
             ({"training.lr": [1]}, {"seeds": [1, 1]}, "seeds holds one twice"),
             ({"training.lr": [1]}, {"name": "a/b"}, "it is a folder"),
-            ({"training.lr": [1]}, {"stage": "train.py"}, "stage"),
+            ({"training.lr": 1}, {}, "training.lr: write a list of values of this key, or points"),
+            ({"method": {"CE": 1}}, {}, "method: write a list of values of this key, or points"),
+            ({"seed": [1, 2]}, {}, "grid.seed: write `seeds`"),
+            ({"ce": {"a": {}}}, {}, "grid.ce: a report has a column of that name"),
             ({"training.lr": [1]}, {"sed": [1]}, "sed: unknown key")):
         with pytest.raises(UserError, match=message.replace(".", r"\.")):
             sweep(grid, **keys)
@@ -98,9 +102,47 @@ def test_all_mistakes_are_said_before_anything_starts(sweep, tmp_path):
         plan(sweep({"training.lr": [1]}, config=None))
     with pytest.raises(UserError, match="stage 'x.py' is none of train_teacher.py"):
         plan(sweep({"m": {"a": {"stage": "x.py"}}}))
+    with pytest.raises(UserError, match="stage 'train.py' is none of"):
+        plan(sweep({"training.lr": [1]}, stage="train.py"))
+    for given, extra in (({"set": {"name": "x"}}, ()), ({}, ["fresh=true"]), ({}, ["seed=9"])):
+        with pytest.raises(UserError, match="(seed|name|fresh): given by the sweep itself"):
+            plan(sweep({"training.lr": [1]}, **given), extra)
     with pytest.raises(UserError, match="two runs would be named a_b-s5"):
         plan(sweep({"m": {"a b": {}, "a,b": {}}}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline.yaml", "student.yaml"]
+
+
+def test_what_is_read_comes_first(sweep, tmp_path):
+    """However long the chain, in whatever order it is written; by any name of the folder, and of a milestone in it."""
+    root = tmp_path / "s"
+    points = {"last": {"distillation.teacher": str(root / "middle-s5" / "chck_1M")},
+              "middle": {"distillation.teacher": str(root / "x" / ".." / "first-s5")}, "first": {}}
+    runs = plan(sweep({"which": points}))
+    assert [run.name for run in sweeps.in_order(runs)] == ["first-s5", "middle-s5", "last-s5"]
+    runner, done = sweeps.Runner(runs), []
+    runner._outcome = lambda run: done.append(run.name) or "done"
+    assert runner.run() == 0 and done == ["first-s5", "middle-s5", "last-s5"]
+    points["first"] = {"distillation.teacher": str(root / "last-s5")}
+    with pytest.raises(UserError, match="these runs read each other, so none can be the first: last-s5, middle-s5, first-s5"):
+        sweeps.Runner(plan(sweep({"which": points})))
+    for number in (1, 0):
+        points["first"] = {}
+        runner = sweeps.Runner(plan(sweep({"which": points})), only=number)  # as a task of an array
+        assert runner.run() == 1 and list(runner.outcomes.values()) == ["not started"]
+
+
+def test_a_run_is_what_it_was_made_with(sweep, tmp_path):
+    """Another setting, corpus or teacher is another run; a run that was refused before it trained is none."""
+    [run] = plan(sweep({"training.lr": [1e-3]}))
+    finish(run, 4.0)
+    assert run.state() == "done"
+    for key, value in (("training.lr", 2e-3), ("data.corpus", "other"), ("distillation.teacher", "models/other")):
+        [other] = plan(sweep({"which": {"lr0p001": {key: value}}}))
+        assert other.folder == run.folder and other.state() == "other settings" and other.other_settings() == [key]
+    assert plan(sweep({"training.lr": [1e-3]}, set={"logging.logging_steps": 3}))[0].state() == "done"
+    (run.folder / "run" / "metrics.jsonl").unlink()
+    (run.folder / "run" / "finished.json").unlink()
+    assert other.other_settings() == [] and other.state() == "new"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -121,6 +163,8 @@ def test_every_shipped_sweep_can_be_planned(path, monkeypatch):
 def finish(run, ce, **more):
     """The record that a finished run leaves, as far as a report reads it."""
     (run.folder / "run").mkdir(parents=True, exist_ok=True)
+    (run.folder / "run" / "metrics.jsonl").write_text("")
+    (run.folder / "run" / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump()))
     (run.folder / "run" / "identity.json").write_text(json.dumps({**identity(run.config), "fingerprint.train": "x"}))
     (run.folder / "run" / "finished.json").write_text(json.dumps({"steps": 4, "words_seen": 100, "ce": ce, "loss": 1 / ce, **more}))
 
@@ -161,6 +205,14 @@ def test_means_spreads_and_paired_differences(sweep, reported):
     assert float(rows[3]["perplexity"]) == math.exp(4.3) and rows[3]["blimp_fast"] == "60.0" and rows[3]["words_seen"] == "100"
 
 
+def test_a_control_is_taken_with_all_else_equal(sweep, reported):
+    made = sweep({"words": {"250K": {}, "1M": {"training.lr": 1e-2}}, "method": {"CE": {"distillation.alpha": 1.0}, "KD": {}}},
+                 control={"method": "CE"})
+    _, text, _ = reported(made, {"words250K-CE-s5": 4.5, "words250K-KD-s5": 4.4, "words1M-CE-s5": 4.3, "words1M-KD-s5": 4.0})
+    assert "| 250K | KD | 1 | 4.400 | -0.100 |" in text and "| 1M | KD | 1 | **4.000** | -0.300 |" in text
+    assert "Best by validation CE: words 1M, method KD " in text
+
+
 def test_an_interval_is_student_s(sweep):
     middle, half = interval([-0.4, -0.3, -0.4])
     assert middle == pytest.approx(-11 / 30) and half == pytest.approx(4.302653 * (1 / 300) ** 0.5 / 3**0.5, rel=1e-6)
@@ -170,7 +222,7 @@ def test_an_interval_is_student_s(sweep):
 def test_the_best_is_that_of_lowest_ce_and_not_of_lowest_loss(sweep, reported):
     """The loss of a small w_ce is small whatever the model does: `finish` writes a loss that falls as the CE grows."""
     _, text, _ = reported(sweep({"distillation.alpha": [0.9, 0.1]}), {"alpha0p9-s5": 4.0, "alpha0p1-s5": 4.2})
-    assert "Best by validation CE: distillation.alpha 0.9." in text and "(one seed: none)" in text and "**4.000**" in text
+    assert "Best by validation CE: distillation.alpha 0.9 " in text and "(one seed: none)" in text and "**4.000**" in text
 
 
 def test_what_is_not_done_is_in_no_mean_and_said(sweep, reported, tmp_path):
