@@ -18,7 +18,7 @@ import numpy as np
 
 from babylm import cleaning, corpus, demo_corpus, hub, models
 from babylm.config import CorpusConfig, CorpusSection, UserError, content_hash, identity, load
-from babylm.run_folder import run_stage, write_json
+from babylm.run_folder import move_aside, run_stage, write_json
 from custom_dataset import file_sha256, open_store, tokenizer_fingerprint
 
 
@@ -148,11 +148,7 @@ def _is_done(target: Path, mine: dict, fresh: bool) -> bool:
     elif target.is_dir() and (foreign := [p.name for p in target.iterdir() if not _is_ours(p.name)]):
         raise UserError(f"{target} holds files that are not a corpus ({', '.join(sorted(foreign)[:3])}): choose another --output")
     if target.is_dir() and fresh and any(target.iterdir()):
-        number = 1
-        while (aside := target.with_name(f"{target.name}-old{number}")).exists():
-            number += 1
-        os.rename(target, aside)
-        print(f"fresh: moved the old {target} to {aside}")
+        print(f"fresh: moved the old {target} to {move_aside(target)}")
     try:
         target.mkdir(parents=True, exist_ok=True)
         manifest_path.unlink(missing_ok=True)  # without it, a half-written folder is not taken for a corpus

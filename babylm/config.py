@@ -141,7 +141,7 @@ class CorpusConfig(Section):
     fresh: bool = key(False, "move an existing output folder made with other settings aside", identity=False)
     corpus: CorpusSection = key(CorpusSection(), "the text")
     tokenizer: TokenizerSection = key(TokenizerSection(), "the vocabulary")
-    download: DownloadSection = key(DownloadSection(), "where --download finds the published corpora", identity=False)
+    download: DownloadSection = key(DownloadSection(), "where --download finds the published corpora")
 
     @model_validator(mode="after")
     def a_tokenizer_needs_text(self) -> "CorpusConfig":
@@ -311,6 +311,7 @@ class CheckpointsSection(Section):
 
 class LoggingSection(Section):
     logging_steps: int = key(50, "steps between log lines", identity=False, ge=1)
+    # Identity: with checkpoints.final: best it decides which weights are kept.
     eval_steps: int = key(500, "steps between validations; there is always one at the end", ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
 
@@ -327,7 +328,7 @@ class RunConfig(Section):
     model: ModelSection = key(ModelSection(), "what is trained")
     training: TrainingSection = key(..., "how it is trained")
     checkpoints: CheckpointsSection = key(CheckpointsSection(), "what is kept")
-    logging: LoggingSection = key(LoggingSection(), "what is reported", identity=False)
+    logging: LoggingSection = key(LoggingSection(), "what is reported")
 
     @field_validator("name")
     @classmethod

@@ -75,6 +75,15 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to the first free <name>-old<n>, and return that: nothing is deleted."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-old{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    return aside
+
+
 def seal(folder: Path) -> None:
     """Write `complete.json`, the sizes of all files, after flushing them to disk: what `is_whole` checks."""
     sizes = {}
@@ -137,7 +146,7 @@ class RunFolder:
         recorded = self.run / "identity.json"
         if self.main:
             if self.config.fresh and self.root.exists():
-                self._move_aside()
+                print(f"fresh: moved the old {self.root} to {move_aside(self.root)}", flush=True)
             if recorded.is_file():
                 if self.metrics.is_file() or self.checkpoints():  # else nothing was trained yet: it was refused, and then mended
                     self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
@@ -168,13 +177,6 @@ class RunFolder:
                     shutil.rmtree(newer)
             self.forget_metrics_after(step)
         return checkpoint
-
-    def _move_aside(self) -> None:
-        number = 1
-        while (aside := self.root.with_name(f"{self.root.name}-old{number}")).exists():
-            number += 1
-        os.rename(self.root, aside)
-        print(f"fresh: moved the old {self.root} to {aside}", flush=True)
 
     def _require_same(self, theirs: dict, mine: dict) -> None:
         changed = differing(theirs, mine, type(self.config))

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from babylm.config import UserError, milestone_words
 from babylm.models import checkpoint_files
-from babylm.run_folder import is_whole, require_finished, run_stage, write_json, write_text
+from babylm.run_folder import is_whole, move_aside, require_finished, run_stage, write_json, write_text
 from custom_dataset import file_sha256
 from eval.agreement import read_json, report
 
@@ -228,11 +228,7 @@ def run_revision(clone: Path, script: Script, name: str, revision: str, snapshot
         print(f"{revision}: done before", flush=True)
         return
     if folder.exists():
-        number = 1
-        while (aside := folder.with_name(f"{backend}-old{number}")).exists():
-            number += 1
-        os.rename(folder, aside)
-        print(f"{revision}: moved earlier results to {aside}", flush=True)
+        print(f"{revision}: moved earlier results to {move_aside(folder)}", flush=True)
     values = {"model": f"{ORG}/{name}", "revision": revision, "backend": backend, "data": str(data.resolve() / script.data)}
     command = ["bash", script.inside(clone), *(argument.format(**values) for argument in script.arguments)]
     print(f"{revision}: {shlex.join(command)}", flush=True)
