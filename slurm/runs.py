@@ -132,6 +132,8 @@ def status(folders: list[Path]) -> None:
 
             state, reason = "failed", found.stale
             write_status(folder, state, reason, found.job)
+        if state == "preempted" and not found.queue:
+            reason += "; no job is in the queue for it: submit it again"
         rows.append((str(folder), state, found.job or "-", found.queue or "-", reason))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:

@@ -26,7 +26,11 @@ wait_for() {
   local what=$1 tries=0
   shift
   until "$@" > /dev/null 2>&1; do
-    ((++tries <= 200)) || die "$what did not come up; logs: $folder/log"
+    if ((++tries > 200)); then
+      tail -n 5 "$folder"/log/*.out >&2 || true
+      (stop) || true
+      die "$what did not come up; logs: $folder/log"
+    fi
     sleep 0.1
   done
 }
@@ -58,7 +62,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket,cred_expire=1
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPort=$ctld_port
@@ -82,18 +86,18 @@ MailProg=/bin/true
 KillWait=10
 MinJobAge=300
 SlurmdParameters=config_overrides
-NodeName=vm NodeAddr=127.0.0.1 NodeHostname=vm CPUs=8 RealMemory=4000
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000
 $(printf '%s\n' "$@")
 CONF
   grep -q '^PartitionName=' "$folder/etc/slurm.conf" ||
-    echo "PartitionName=all Nodes=vm Default=YES DefMemPerNode=100 MaxTime=INFINITE State=UP" >> "$folder/etc/slurm.conf"
+    echo "PartitionName=all Nodes=localhost Default=YES DefMemPerNode=100 MaxTime=INFINITE State=UP" >> "$folder/etc/slurm.conf"
   export SLURM_CONF="$folder/etc/slurm.conf"
   daemon munged munged --foreground --socket="$folder/munge/socket" --key-file="$folder/munge/key" --log-file="$folder/log/munged.log" \
     --pid-file="$folder/run/munged.own.pid" --seed-file="$folder/munge/seed"
   wait_for munged answers
   daemon slurmctld slurmctld -D -f "$SLURM_CONF"
   wait_for slurmctld scontrol ping
-  daemon slurmd slurmd -D -f "$SLURM_CONF" -N vm
+  daemon slurmd slurmd -D -f "$SLURM_CONF" -N localhost
   wait_for slurmd is_idle
 }
 
@@ -101,14 +105,17 @@ stop() {
   export SLURM_CONF="$folder/etc/slurm.conf"
   [ -f "$SLURM_CONF" ] || die "$folder is no cluster of this script"
   local name pid tries
-  # Job steps outlive the daemons, so the jobs go first.
+  # Job steps outlive the daemons, so the jobs go first: asked, and after five seconds killed.
   if scontrol ping > /dev/null 2>&1; then
     scancel --quiet -u root || true
     for ((tries = 0; tries < 50; tries++)); do
       [ -n "$(squeue -h)" ] || break
       sleep 0.1
     done
-    scancel --quiet --signal=KILL --full -u root || true
+    if [ -n "$(squeue -h)" ]; then
+      scancel --quiet --signal=KILL --full -u root || true
+      sleep 1
+    fi
   fi
   for name in slurmd slurmctld munged; do
     [ -f "$folder/run/$name.pid" ] || continue
