@@ -21,15 +21,15 @@ check() {
   [ "$(id -u)" = 0 ] || die "slurmd needs root"
 }
 
-# wait_for WHAT COMMAND...: until the command succeeds, at most 20 s
+# wait_for DAEMON COMMAND...: until the command succeeds; not longer than a minute, or than the daemon lives
 wait_for() {
-  local what=$1 tries=0
+  local name=$1 tries=0
   shift
   until "$@" > /dev/null 2>&1; do
-    if ((++tries > 200)); then
-      tail -n 5 "$folder"/log/*.out >&2 || true
+    if ((++tries > 600)) || ! kill -0 "$(< "$folder/run/$name.pid")" 2> /dev/null; then
+      tail -n 5 "$folder"/log/*.out >&2
       (stop) || true
-      die "$what did not come up; logs: $folder/log"
+      die "$name did not come up; logs: $folder/log"
     fi
     sleep 0.1
   done
@@ -49,6 +49,7 @@ daemon() {
 start() {
   check
   mkdir -p "$folder"/{munge,etc,state,spool,log,run}
+  chmod 755 "$folder" # munged wants its socket to be within everyone's reach
   head -c 1024 /dev/urandom > "$folder/munge/key"
   chmod 400 "$folder/munge/key"
   # Ports that are free now: one for each daemon, and a range for srun.
@@ -84,7 +85,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 MailProg=/bin/true
 KillWait=10
-MinJobAge=300
+MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=localhost NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000
 $(printf '%s\n' "$@")
