@@ -121,6 +121,8 @@ run_resumable() {
         set_status preempted "stopped${signalled:+ by SIG$signalled}, exit code $code; the same command continues"
       elif ((code != 0)); then
         fail "ended with exit code $code$( ((code != 137)) || echo ' (killed: more memory than the job asked for?)'); see the log of job $job"
+      else
+        set_status done "exit code 0"
       fi ;;
   esac
   if [ "$state" = preempted ]; then
@@ -156,7 +158,10 @@ back_into_the_queue() {
   set_status preempted "$reason (job $job goes back into the queue: $((count + 1)) of at most $MAX_REQUEUES times)"
   echo "slurm/job.sh: $reason; job $job goes back into the queue, $((count + 1)) of at most $MAX_REQUEUES times"
   # SLURM ends this script at once, so nothing may follow that matters; the sleep keeps it from looking finished before that.
-  if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi
+  if scontrol requeue "$SLURM_JOB_ID"; then
+    sleep 60 || true
+    exit 1
+  fi
   fail "preempted, but SLURM would not requeue job $job (its log says why); submit it again to continue: $reason"
 }
 

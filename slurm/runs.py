@@ -41,7 +41,7 @@ def run_of(command: Sequence[str]) -> Path | None:
     if not command:
         raise UserError("which stage? for example: train_student.py --config configs/10M/student.yaml")
     script, rest = command[0], list(command[1:])
-    if script == "-m":
+    if script == "-m" or "--dry_run" in rest:
         return None
     if not Path(script).is_file():
         near = difflib.get_close_matches(script, STAGES, n=1)

@@ -227,7 +227,8 @@ def test_arrays_share_out_seeds_milestones_and_runs_of_a_sweep(chain, fakes, clu
 
     for seed in (3, 5):
         assert lines(seeds, seed) == [f"--config configs/demo/moep.yaml training.lr=1e-3 seed={seed} name=moep-s{seed}"]
-        assert status(folder / f"models/demo/moep-s{seed}")["job"] == f"{seeds}_{seed}"
+        found = status(folder / f"models/demo/moep-s{seed}")
+        assert (found["state"], found["job"]) == ("done", f"{seeds}_{seed}")
     assert lines(scores, 0) == ["models/scored --data evaluation data",
                                 "models/scored --revision chck_2K --no-untrained --data evaluation data"]
     assert lines(scores, 1) == [f"models/scored --revision chck_{n}K --no-untrained --data evaluation data" for n in (1, 3)]
@@ -413,6 +414,7 @@ def test_the_run_of_a_command(here):
         Path(script).touch()
     assert runs.run_of(["train_student.py"]) == Path("models/GPT2-Small-Distilled")
     assert runs.run_of(["train_student.py", "name=a", "--config=configs/demo/student.yaml", "output=b"]) == Path("b/a")
+    assert runs.run_of(["train_student.py", "--dry_run"]) is None
     assert runs.run_of(["combine_babylm.py"]) is None and runs.run_of(["-m", "babylm.teacher_cache", "name=a"]) is None
     with pytest.raises(UserError, match=r"train_studnet.py: no such stage; did you mean train_student.py\?"):
         runs.run_of(["train_studnet.py"])
