@@ -73,7 +73,7 @@ trap 'hand_on USR1' USR1
 
 # wait_for_child: its exit code, however many signals come in the meantime
 wait_for_child() {
-  local code repeater= before
+  local code repeater='' before
   while :; do
     before=$signals
     code=0
@@ -122,7 +122,7 @@ run_resumable() {
       elif ((code != 0)); then
         fail "ended with exit code $code$( ((code != 137)) || echo ' (killed: more memory than the job asked for?)'); see the log of job $job"
       else
-        set_status done "exit code 0"
+        set_status "done" "exit code 0"
       fi ;;
   esac
   if [ "$state" = preempted ]; then

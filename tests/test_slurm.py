@@ -424,6 +424,11 @@ def test_the_run_of_a_command(here):
         runs.main(["name", "combine_babylm.py"])
 
 
+def test_a_batch_script_does_not_wait_for_torch():
+    code = "import sys, slurm.runs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_without_slurm(here, monkeypatch):
     monkeypatch.setenv("PATH", str(here))
     monkeypatch.setattr(sys, "argv", ["pipeline"])
