@@ -144,13 +144,14 @@ class RunFolder:
         """
         mine = {**identity(self.config), **{f"fingerprint.{name}": value for name, value in data.items()}}
         recorded = self.run / "identity.json"
+        requeued = self._requeued()
         if self.main:
-            if self.config.fresh and self.root.exists():
+            if self.config.fresh and self._holds_a_run() and not requeued:
                 print(f"fresh: moved the old {self.root} to {move_aside(self.root)}", flush=True)
             if recorded.is_file():
                 if self.metrics.is_file() or self.checkpoints():  # else nothing was trained yet: it was refused, and then mended
                     self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
-            elif self.root.is_dir() and any(self.root.iterdir()):
+            elif self._holds_a_run():
                 raise UserError(f"{self.root} exists but is no run folder of this pipeline: choose another name=, "
                                 "or fresh=true to move it aside")
             if self.already_finished():
@@ -164,19 +165,31 @@ class RunFolder:
             for stale in [*self.root.glob(".*.tmp"), *self.run.glob(".*.tmp")]:  # what a killed process was writing
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             write_text(self.run / "config.yaml", yaml.safe_dump(self.config.model_dump(), sort_keys=False))
-            write_json(self.run / "record.json", self._record(mine, data))
+            write_json(self.run / "record.json", {**self._record(mine, data), "requeued": requeued})
             self.set_status("pending")
         _opened.append(self)
-        checkpoint = self.resume_point()
+        checkpoint = self.newest_whole() if requeued else self.resume_point()
         if checkpoint and (theirs := checkpoint.parent / "run" / "identity.json").is_file():
             self._require_same(json.loads(theirs.read_text(encoding="utf-8")), mine)  # resume_path may lie in another run
         if self.main:
             step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
             for newer in self.checkpoints():  # resume_path went back: what lay beyond it is made again, as its metrics are
-                if self.config.resume_path and int(newer.name.split("-")[1]) > step:
+                if self.config.resume_path and not requeued and int(newer.name.split("-")[1]) > step:
                     shutil.rmtree(newer)
             self.forget_metrics_after(step)
         return checkpoint
+
+    def _holds_a_run(self) -> bool:
+        """Whether the folder holds more than the status of a job that waits for its turn."""
+        return any(path not in (self.run, self.run / "status.json") for path in self.root.rglob("*"))
+
+    def _requeued(self) -> bool:
+        """Whether this SLURM job began the run, and was stopped and started again: `fresh` and `resume_path` were for its first start."""
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not (self.run / "record.json").is_file():
+            return False
+        record = json.loads((self.run / "record.json").read_text(encoding="utf-8"))
+        # The main process has written what it found before the others look.
+        return record.get("job") == slurm_job() if self.main else record["requeued"]
 
     def _require_same(self, theirs: dict, mine: dict) -> None:
         changed = differing(theirs, mine, type(self.config))
@@ -199,7 +212,8 @@ class RunFolder:
                 "command": shlex.join([Path(sys.executable).name, *sys.argv]), "identity_hash": content_hash(mine), "data": data,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_commit": _git("rev-parse", "HEAD"),
                 "git_diff": _git("diff", "HEAD"), "python": platform.python_version(), "packages": versions,
-                "device": device, "cpus": os.cpu_count(), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+                "device": device, "cpus": os.cpu_count(), "processes": int(os.environ.get("WORLD_SIZE", "1")),
+                **({"job": job} if (job := slurm_job()) else {})}
 
     # -- resume
 
@@ -255,7 +269,7 @@ class RunFolder:
     def set_status(self, state: str, reason: str = "") -> None:
         """run/status.json: pending, running, preempted, done or failed. What a batch script looks at."""
         if self.main and self.run.is_dir():
-            write_json(self.run / "status.json", {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            write_status(self.root, state, reason, slurm_job())
 
     def install_final(self, write: Callable[[Path], None]) -> None:
         """Let `write` fill a temporary folder with the final model, then move its files to the root."""
@@ -278,6 +292,19 @@ class RunFolder:
         self.set_status("done")
         for checkpoint in self.checkpoints():
             shutil.rmtree(checkpoint)
+
+
+def write_status(root: Path, state: str, reason: str = "", job: str | None = None) -> None:
+    """<root>/run/status.json. `job`: the SLURM job that the run waits for or runs in (slurm/job.sh writes the same file)."""
+    write_json(root / "run" / "status.json", {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                                              **({"job": job} if job else {})})
+
+
+def slurm_job() -> str | None:
+    """The SLURM job that this process belongs to, as squeue shows it: 12, or 12_3 for a task of an array."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def _git(*arguments: str) -> str:
@@ -377,6 +404,8 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except Preempted as stop:
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler may repeat itself: the end is under way
+            signal.signal(number, signal.SIG_IGN)
         _set_status("preempted", str(stop))
         print(f"preempted: {stop}", flush=True)
         sys.exit(PREEMPTED_EXIT)
