@@ -141,7 +141,7 @@ def main() -> None:
             continue
         teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
         training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
-        teacher.to(device)
+        teacher.to(device, config.distillation.offload_teacher)
         folder.root.mkdir(parents=True, exist_ok=True)
         save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
                   folder.root / ".head.tmp")
