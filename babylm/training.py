@@ -203,10 +203,7 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     steps = len(data.train) // config.training.batch_size
     if state.is_main_process:
         _print_plan(config, data, distiller, steps, per_device, accumulation, state.num_processes, device)
-    if config.training.gradient_checkpointing:
-        # Not the reentrant form, which gives no gradient where a block's input needs none (adapters on a frozen base), and which DDP
-        # does not see through.
-        distiller.student.activation_checkpointing_enable({"use_reentrant": False})
+    save_memory(distiller, config.training.gradient_checkpointing)
     copied = None
     if config.training.fsdp and state.num_processes > 1:
         copied = copy.deepcopy(distiller.student) if state.is_main_process else None
@@ -221,6 +218,14 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
         raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command"
                         f"{' without ' + ' and '.join(again) if again else ''} continues there")
     trainer.finish()
+
+
+def save_memory(distiller: Distiller, recompute: bool) -> None:
+    """With `recompute` (training.gradient_checkpointing), blocks keep their inputs alone, and compute the rest again going backward."""
+    if recompute:
+        # Not the reentrant form, which gives no gradient where a block's input needs none (adapters on a frozen base), and whose
+        # backward passes within the backward pass DDP and FSDP do not expect.
+        distiller.student.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def require_positions(role: str, model: torch.nn.Module, seq_len: int) -> None:

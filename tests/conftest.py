@@ -6,6 +6,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import functools
+import gc
 import importlib
 import signal
 import socket
@@ -206,6 +207,7 @@ def in_child(tmp_path):
         child = os.fork()
         if child == 0:
             code = 70
+            gc.freeze()  # the parent's objects: each collection would copy all their pages into this process
             try:
                 with open(out, "w") as stdout, open(err, "w") as stderr:
                     os.dup2(stdout.fileno(), 1)
@@ -245,6 +247,7 @@ def on_processes(tmp_path):
             children.append(os.fork())
             if children[-1] == 0:
                 code = 70
+                gc.freeze()
                 try:
                     with open(log, "w", buffering=1) as stream:
                         for number in (1, 2):

@@ -1,13 +1,11 @@
 """One, two and four processes, with whole or sharded weights: the same run, written by one of them, that any number may go on with."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-import types
 
 import pytest
 import torch
@@ -15,8 +13,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from babylm import models, parallel, training
-from babylm.config import DistillationSection, HiddenSection, ModelSection, MoEPModelSection, TeacherEntry, fixed
+from babylm.config import BaselineConfig, ModelSection, MoEPModelSection, RLConfig, StudentConfig, TeacherConfig, UserError, check
 from babylm.distillation import Distiller, Teacher
+from babylm.run_folder import RunFolder
+from modeling_moep import Router
 
 ROOT = training.Path(training.__file__).parents[1]
 
@@ -30,6 +30,11 @@ SETTINGS = {
 }
 TERMS = {"alpha": 0.4, "temperature": 2, "hidden": {"weight": 0.2, "loss": "mse"}}
 
+PLAIN = {"name": "x", "training": {"steps": 1}}
+LORA = {**PLAIN, "model": {"init": "pretrained", "path": "p"}, "lora": {"mode": "lora"}}
+TAUGHT = {**PLAIN, "distillation": {"teacher": "t", "alpha": 0.5, "offload_teacher": True}}
+REWARDED = {"name": "x", "model": {"path": "p"}, "algorithm": "ppo", "training": {"steps": 1}, "rewards": [{"kind": "random"}]}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, corpus, write_yaml, teachers):
@@ -39,7 +44,8 @@ def home(tmp_path_factory, corpus, write_yaml, teachers):
     llama, gpt2 = teachers("llama", "gpt2")
     plain = {"name": "x", "output": str(folder / "models"), **SETTINGS, "data": {"corpus": str(folder / "corpus"), **SETTINGS["data"]}}
     write_yaml(folder / "plain.yaml", plain)
-    write_yaml(folder / "run.yaml", {**plain, "distillation": {**TERMS, "teachers": [{"path": str(llama), "weight": 2}, {"path": str(gpt2)}]}})
+    entries = [{"path": str(llama), "weight": 2}, {"path": str(gpt2)}]
+    write_yaml(folder / "run.yaml", {**plain, "distillation": {**TERMS, "teachers": entries}})
     write_yaml(folder / "moep.yaml", {
         **plain, "model": {"architecture": "moep", "layers": 3, "width": 16, "heads": 2, "parallel_width": 8, "parallel_heads": 1,
                            "experts": 3, "max_positions": 32}, "distillation": {"alpha": 1}})
@@ -97,7 +103,8 @@ def require_same_run(run, expected):
     """Every row, file and weight of an uninterrupted run on one process. Adam's first steps magnify rounding, hence 1e-4."""
     for kind in ("train", "eval", "milestone"):
         ours, theirs = rows(run, kind), rows(expected, kind)
-        assert [(row["step"], row["words"], row.get("name")) for row in ours] == [(row["step"], row["words"], row.get("name")) for row in theirs]
+        assert [[row.get(name) for name in ("step", "words", "name")] for row in ours] == [
+            [row.get(name) for name in ("step", "words", "name")] for row in theirs]
         for mine, other in zip(ours, theirs, strict=True):
             for name in {"loss", "ce", "kl", "hidden", "grad_norm", "lr", "perplexity"} & other.keys():
                 assert mine[name] == pytest.approx(other[name], rel=2e-4), (kind, mine["step"], name)
@@ -128,8 +135,8 @@ def test_four_processes_then_one_then_two_train_what_one_does(home, one, on_proc
     logs = on_processes(4, *begin, "training.per_device_batch_size=1", before=both(watch_writes, stop_at(4, of=4)), codes=[75])
     assert sum(len(re.findall(r"^tokenised ", log, re.M)) for log in logs) == 2, "training and validation text, once each"
     for rank, log in enumerate(logs[1:], 1):
-        wrote = re.findall(r"^WROTE (.*)", log, re.M)
-        assert [path for path in wrote if f"rng_state_{rank}." not in path and not re.search(r"/\.checkpoint-\d+\.tmp(/checkpoint-\d+)?$", path)] == []
+        own = rf"rng_state_{rank}\.pth$|/\.checkpoint-\d+\.tmp(/checkpoint-\d+)?$"  # its random state, and the folder for it
+        assert [path for path in re.findall(r"^WROTE (.*)", log, re.M) if not re.search(own, path)] == []
     assert len(rows(run, "train")) == 4 and "metrics.jsonl" in logs[0] and "trained.safetensors" in logs[0]
     assert {path.name for path in (run / "checkpoint-4").glob("rng*")} == {f"rng_state_{rank}.pth" for rank in range(4)}
     on_processes(1, *begin, before=stop_at(8, of=1), codes=[75])
@@ -141,7 +148,6 @@ def test_sharded_weights_train_what_whole_ones_do(home, one, on_processes):
     """Student, projections and teachers in two parts, then whole on one process, then in four parts, as accelerate's launcher asks for."""
     run = home / "models" / "sharded"
     begin = ["train_student", "--config", home / "run.yaml", "name=sharded"]
-    sharded = []
 
     def look(_rank):
         shard = parallel.shard
@@ -157,3 +163,167 @@ def test_sharded_weights_train_what_whole_ones_do(home, one, on_processes):
     logs = on_processes(4, *begin, before=both(look, launched))
     assert "SHARDED Distiller" in logs[3]
     require_same_run(run, one)
+
+
+def test_dropout_differs_between_processes_and_is_the_same_again(home, on_two_processes):
+    def before(_rank):
+        compute = training.DistillTrainer.compute_loss
+
+        def drawing(self, *args, **kwargs):
+            print("STATE", hash(torch.get_rng_state().numpy().tobytes()))
+            return compute(self, *args, **kwargs)
+
+        training.DistillTrainer.compute_loss = drawing
+
+    runs, found = [home / "models" / name for name in ("again-1", "again-2")], []
+    for run in runs:
+        logs = on_two_processes("train_baseline", "--config", home / "plain.yaml", f"name={run.name}", "model.architecture=gpt2",
+                                "model.dropout=0.2", "training.steps=2", "logging.eval_steps=2", before=before)
+        found.append([re.findall(r"STATE (\S+)", log) for log in logs])
+    (first, second), again = found
+    assert len(first) == 2 and not set(first) & set(second)
+    assert weights(runs[0]).keys() and all(torch.equal(value, weights(runs[1])[name]) for name, value in weights(runs[0]).items())
+    assert again == [first, second]
+
+
+@pytest.mark.parametrize("path", ["grouped", "loop"])
+def test_an_expert_without_tokens_on_one_process_changes_nothing(path, home, in_process, on_two_processes, monkeypatch):
+    """Expert 0 gets no token of sequences 4 ... 7, which are the second process's: it has no part in that one's backward pass."""
+    forward = Router.forward
+
+    def before(rank, halves=1):
+        def forward_without(self, tokens):
+            routing, logits = forward(self, tokens)
+            if self.training:
+                mask = torch.zeros_like(logits)
+                mask[len(mask) // 2 if halves == 2 else 0 if rank == 1 else len(mask):, 0] = -1e4
+                logits = logits + mask
+                routing = type(routing)(logits, self.k, self.path(tokens))
+            return routing, logits
+
+        Router.forward = forward_without
+
+    keys = ["--config", home / "moep.yaml", f"model.expert_path={path}", "training.steps=2", "logging.eval_steps=2"]
+    on_two_processes("train_moep_student", *keys, f"name=apart-{path}", before=before)
+    monkeypatch.setattr(Router, "forward", forward)
+    before(0, halves=2)
+    in_process("train_moep_student", *keys, f"name=together-{path}")
+    apart, together = (home / "models" / f"{name}-{path}" for name in ("apart", "together"))
+    for ours, theirs in zip(rows(apart, "train"), rows(together, "train"), strict=True):
+        assert [ours[name] for name in ("loss", "balance", "grad_norm")] == pytest.approx(
+            [theirs[name] for name in ("loss", "balance", "grad_norm")], rel=2e-4)
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+
+def first_leaf(block):
+    """A module inside, with weights: hooks on the block itself would run outside what is recomputed."""
+    return next(module for module in block.modules() if not list(module.children()) and list(module.parameters()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj", "moep"])
+def test_recomputed_activations_give_the_same_gradients(name, tokenizer):
+    shape = {"layers": 3, "width": 16, "heads": 2, "max_positions": 32}
+    section = MoEPModelSection(**shape, parallel_width=8, parallel_heads=1) if name == "moep" else ModelSection(architecture=name, **shape)
+    ids, gradients, calls = torch.arange(3, 63).view(2, 30), [], []
+    for recomputed in (False, True):
+        distiller = Distiller(models.build_model(section, tokenizer, 0)).train()
+        training.save_memory(distiller, recomputed)
+        first_leaf(parallel.blocks_of(distiller.student)[0]).register_forward_hook(lambda *_, now=recomputed: calls.append(now))
+        distiller(ids)["loss"].backward()
+        gradients.append([parameter.grad for parameter in distiller.parameters()])
+    assert calls == [False, True, True], "the block runs a second time in the backward pass"
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
+def test_a_teacher_whose_blocks_wait_elsewhere_computes_the_same(name, teachers, tokenizer):
+    """With the CPU in the GPU's place: a block's weights are copies while it runs, and only then."""
+    ids, at_work = torch.arange(3, 63).view(2, 30), []
+    here, parked = (Teacher.from_model(models.load_teacher(str(teachers(name)[0]), tokenizer)) for _ in range(2))
+    blocks = parallel.blocks_of(parked.model)
+    parallel.park_blocks(parked.model, torch.device("cpu"))
+    waiting = {parameter: parameter.data_ptr() for block in blocks for parameter in block.parameters()}
+    assert waiting and len(waiting) < sum(1 for _ in parked.model.parameters())
+    for block in blocks:
+        first_leaf(block).register_forward_hook(lambda *_, block=block: at_work.append([p.data_ptr() == waiting[p]
+                                                                                       for p in block.parameters()]))
+    for _ in range(2):
+        ours, theirs = (teacher.states(ids, range(teacher.depth + 1)) for teacher in (parked, here))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[state], theirs[state]) for state in theirs)
+    assert len(at_work) == 2 * len(blocks) and not any(map(any, at_work))
+    assert all(parameter.data_ptr() == place for parameter, place in waiting.items())
+
+
+def test_offloading_is_asked_for_by_a_key_and_a_teacher_on_a_cpu_stays_as_it_is(teachers, tokenizer, monkeypatch):
+    moved = []
+    monkeypatch.setattr(parallel, "park_blocks", lambda model, device: moved.append(device))
+    teacher = Teacher.from_model(models.load_teacher(str(teachers("llama")[0]), tokenizer))
+    config = check(StudentConfig, TAUGHT, "test")
+    distiller = Distiller(models.build_model(ModelSection(layers=1, width=8, heads=1), tokenizer, 0), [teacher], config.distillation)
+    distiller.to_device(torch.device("cpu"))
+    assert moved == []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    teacher.head = type(teacher.head)(None)
+    distiller.to_device(torch.device("cuda"))
+    assert moved == [torch.device("cuda")]
+
+
+# ---- Launchers and nodes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_shipped_launch_configs(path):
+    """As its own launcher reads them; their comments name commands and files that exist."""
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes > 1 and loaded.mixed_precision == "no" and not loaded.use_cpu
+    assert loaded.distributed_type == ("FSDP" if path.stem == "fsdp" else "MULTI_GPU")
+    assert (loaded.num_machines > 1) == ("multi_node" in path.stem) == bool(loaded.main_process_ip)
+    assert loaded.fsdp_config.get("fsdp_version", 2) == 2
+    for name in re.findall(r"\S+\.(?:py|yaml)\b", "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))):
+        assert (ROOT / name).is_file() or (path.parent / name).is_file(), name
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+
+
+@pytest.mark.parametrize("schema, values, environment, words", [
+    (TeacherConfig, LORA, FSDP, "with lora.mode: lora only small adapters"),
+    (StudentConfig, TAUGHT, FSDP, "offload_teacher does not go with training.fsdp"),
+    (RLConfig, REWARDED, FSDP, "stage 6 is not sharded: use configs/accelerate/ddp.yaml"),
+    (BaselineConfig, PLAIN, {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is not supported: use"),
+    (BaselineConfig, PLAIN, {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "use training.gradient_checkpointing=true"),
+    (BaselineConfig, PLAIN, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+    (BaselineConfig, {**PLAIN, "training": {"steps": 1, "fsdp": True, "compile": True}}, {}, "training.compile: True does not go"),
+    (BaselineConfig, {**PLAIN, "training": {"steps": 1, "fsdp": True, "precision": "fp16"}}, {}, "training.precision: fp16 does not go"),
+])
+def test_what_cannot_be_sharded_is_said_before_anything_is_read(schema, values, environment, words, monkeypatch):
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(words)):
+        parallel.read_launcher(check(schema, values, "test"))
+
+
+def test_the_launchers_precision_does_not_win_over_the_runs(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = check(BaselineConfig, PLAIN, "test")
+    parallel.read_launcher(config)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no" and not config.training.fsdp
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_an_error(home, on_two_processes):
+    def elsewhere(rank):
+        sys.argv += [f"output={home / 'node-local'}"] if rank else []
+
+    logs = on_two_processes("train_baseline", "--config", home / "plain.yaml", "name=lost", before=elsewhere, codes=[1])
+    assert all("process 1 on" in log and "put output= on a file system that they share" in log for log in logs)
+
+
+def test_a_node_that_reads_other_data_is_an_error(home, monkeypatch):
+    config = check(BaselineConfig, {**PLAIN, "output": str(home)}, "test")
+    folder = RunFolder(config, "train_baseline.py")
+    folder.run.mkdir(parents=True)
+    monkeypatch.setattr(parallel, "gather_object", lambda mine: [*mine, {**mine[0], "data": {"train": "b", "val": "v"}, "host": "node2"}])
+    with pytest.raises(UserError, match="process 1 on node2 reads other data than process 0 on .*: train. Put corpus and models"):
+        parallel.require_same_view(folder, {"train": "a", "val": "v"})
