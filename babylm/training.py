@@ -206,7 +206,10 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     save_memory(distiller, config.training.gradient_checkpointing)
     copied = None
     if config.training.fsdp and state.num_processes > 1:
-        copied = copy.deepcopy(distiller.student) if state.is_main_process else None
+        if state.is_main_process:
+            print(f"sharding   weights, gradients and optimizer state in {state.num_processes} parts; for saving, the main process keeps a "
+                  "whole copy of the student in host memory", flush=True)
+            copied = copy.deepcopy(distiller.student)
         distiller.shard(device)
     else:
         distiller.to_device(device)
