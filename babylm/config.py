@@ -297,6 +297,8 @@ class TrainingSection(OptimisationSection):
     epochs: float | None = key(None, "passes over the training text", gt=0)
     words: WordCount | None = key(None, "words seen, repeats counted (the step that reaches the budget is the last)")
     compile: bool = key(False, "torch.compile of the student (and teacher)", identity=False)
+    fsdp: bool = key(False, "with several processes: each holds a part of every weight, gradient and optimizer state (FSDP2), of teachers "
+                            "too; for models that do not fit on one device", identity=False)
 
 
 class CheckpointsSection(Section):
@@ -518,6 +520,8 @@ class DistillationSection(Section):
     cache_path: str | None = key(None, "folder of teacher caches; default: <data.corpus>/teacher_cache", identity=False)
     cache_dtype: Literal["auto", "bf16", "fp16", "fp32"] = key(
         "auto", "how cached states are stored; auto = training.precision, in which the output head reads them anyway")
+    offload_teacher: bool = key(False, "teachers' blocks wait in the host's memory and visit the GPU one at a time: less GPU memory, more "
+                                       "time, the same loss", identity=False)
 
     @model_validator(mode="after")
     def terms_fit_together(self) -> "DistillationSection":

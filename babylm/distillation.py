@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from babylm import losses, models
+from babylm import losses, models, parallel
 from babylm.config import AuxiliarySection, ContrastiveSection, DistillationSection, HiddenSection, TeacherEntry, UserError, fixed
 from babylm.losses import FusedTerms, Head
 from modeling_moep import MoEPConfig, load_balancing_loss
@@ -70,11 +71,23 @@ class Teacher:
         found = {state: (output.last_hidden_state if state == self.depth else every[state]) for state in wanted}
         return {state: values[:, :-1].contiguous().to(input_ids.device) for state, values in found.items()}
 
-    def to(self, device: torch.device) -> None:
-        """Head to the student's device; body to the one that the config names, or along."""
+    def to(self, device: torch.device, offload: bool = False) -> None:
+        """Head to the student's device; body to the one that the config names, or along; with `offload`, block by block when it runs."""
         if self.model is not None:  # first, so that a head that stays with its body is not copied
-            self.model.to(self.entry.device or device)
+            home = torch.device(self.entry.device or device)
+            if offload and home.type != "cpu":
+                parallel.park_blocks(self.model, home)
+            else:
+                self.model.to(home)
         self.head = Head(*(part.to(device) if part is not None else None for part in self.head))
+
+    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """A whole head on the student's device; the body in parts over the processes, unless the config names its device."""
+        if self.model is None or self.entry.device:
+            return self.to(device)
+        # Copied first: it may be tied to the embeddings, which are cut.
+        self.head = Head(*(part.detach().to(device, copy=True) if part is not None else None for part in self.head))
+        parallel.shard(self.body, parallel.blocks_of(self.model), mesh, keep_rest=False)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Of a forward pass; of the head alone where the states are cached."""
@@ -369,9 +382,28 @@ class Distiller(nn.Module):
     def to_device(self, device: torch.device) -> "Distiller":
         """Move the teachers along with the student (no submodules, they do not follow `.to`)."""
         for teacher in self.teachers:
-            teacher.to(device)
+            teacher.to(device, self.section.offload_teacher)
         self._heads = None
         return self.to(device)
+
+    def shard(self, device: torch.device) -> "Distiller":
+        """Instead of `to_device`: each process keeps its part of every weight, the teachers' included, on its device.
+
+        `forward` and `token_terms` then gather what they need, so all processes must call them equally often.
+        """
+        mesh = parallel.process_mesh(device)
+        for teacher in self.teachers:
+            teacher.shard(mesh, device)
+        self._heads = None
+        parallel.shard(self, parallel.blocks_of(self.student), mesh, keep_rest=True, entrances=["token_terms"])
+        # What the Trainer looks for in a model that brings its own sharding, so that it neither moves nor wraps it.
+        self.is_distributed_loading_by_transformers = self._is_fsdp_managed_module = True
+        return self
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `shard` was called."""
+        return getattr(self, "_is_fsdp_managed_module", False)
 
     # -- the loss
 

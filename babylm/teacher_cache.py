@@ -5,7 +5,9 @@
 runs every teacher of a student's config once over every block that its run will see, and over the validation blocks, and
 stores the states that its terms read: always the last one, which the output head turns into the exact logits at any
 temperature and for any divergence, and those that `hidden` maps. With `distillation.cache: true` the student then loads the
-teacher's head alone. Run the same command again and a capture that was stopped goes on; what is there is not made again.
+teacher's head alone. Run the same command again and a capture that was stopped goes on; what is there is not made again. Of several
+processes that are started at once, such as a job for each seed, the first captures and the others wait, also on other nodes that
+share `cache_path`; where each node has one of its own, each captures.
 
     <cache_path>/<teacher>/             keyed by the teacher's weights, the tokenizer, precision and stored type
         head.safetensors  meta.json     output head; depth, width and the key in words
@@ -23,8 +25,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -137,22 +139,43 @@ def main() -> None:
         return
     stop = StopRequest()
     for entry, folder, (depth, width), states in zip(config.distillation.entries, folders, shapes, wanted, strict=True):
-        if all(folder.whole(blocks, state, width) for blocks in sequences for state in states):
-            continue
-        teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
-        training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
-        teacher.to(device)
-        folder.root.mkdir(parents=True, exist_ok=True)
-        save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
-                  folder.root / ".head.tmp")
-        os.replace(folder.root / ".head.tmp", folder.root / "head.safetensors")
-        write_json(folder.root / "meta.json", {"teacher": entry.path, "depth": depth, "width": width, **folder.key})
-        per_device, _ = training.accumulation_steps(config, 1)
-        for blocks in sequences:
-            todo = [state for state in states if not folder.whole(blocks, state, width)]
-            if todo:
-                _capture(teacher, folder, blocks, todo, per_device, AUTOCAST[config.training.precision], device, stop)
+        with _alone(folder.root, stop):
+            if all(folder.whole(blocks, state, width) for blocks in sequences for state in states):
+                continue
+            teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
+            training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
+            teacher.to(device, config.distillation.offload_teacher)
+            folder.root.mkdir(exist_ok=True)
+            save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
+                      folder.root / ".head.tmp")
+            os.replace(folder.root / ".head.tmp", folder.root / "head.safetensors")
+            write_json(folder.root / "meta.json", {"teacher": entry.path, "depth": depth, "width": width, **folder.key})
+            per_device, _ = training.accumulation_steps(config, 1)
+            for blocks in sequences:
+                todo = [state for state in states if not folder.whole(blocks, state, width)]
+                if todo:
+                    _capture(teacher, folder, blocks, todo, per_device, AUTOCAST[config.training.precision], device, stop)
     print("cache      complete", flush=True)
+
+
+@contextmanager
+def _alone(folder: Path, stop: StopRequest) -> Iterator[None]:
+    """Hold the lock of a teacher's folder; wait for it as long as another process captures, or until a signal asks to stop."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock, waiting = FileLock(f"{folder}.lock"), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1 if waiting else 0)
+        except Timeout:
+            if not waiting:
+                print(f"cache      another process is capturing {folder}: waiting for it", flush=True)
+            if stop:
+                raise Preempted(f"{stop.signal_name} while another process captured {folder}; the same command starts again") from None
+            waiting = True
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _shape(path: str) -> tuple[int, int]:
@@ -184,10 +207,6 @@ def _capture(teacher: Teacher, folder: TeacherFolder, blocks: Blocks, states: li
     size = folder.block_bytes(blocks, teacher.width)
     files = {state: folder.file(blocks, state) for state in states}
     with ExitStack() as opened:
-        try:
-            opened.enter_context(FileLock(where / "lock", timeout=0))
-        except Timeout:
-            raise UserError(f"{where} is being captured by another process: wait for it") from None
         begin = min(_partial_bytes(file) for file in files.values()) // size // batch * batch  # batches as training has them
         streams = {state: opened.enter_context(open(file.with_suffix(".partial"), "ab")) for state, file in files.items()}
         for stream in streams.values():

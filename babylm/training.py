@@ -1,8 +1,15 @@
 """The one place that builds TrainingArguments and a Trainer: batch arithmetic, the log line, validation, milestones,
 resume checkpoints, preemption, and the end of a run. Every training stage calls the same four functions, in this order:
 `start_process`, `open_run`, `load_data`, `train`.
+
+Under `torchrun` or `accelerate launch` every process runs all of it. Gradients are averaged, so that a step is the same however its
+batch is spread; process 0 alone writes; a run may go on with another number of processes. Several nodes have to share the run folder;
+corpus (with its token store) and teacher cache may be shared, or lie on each node: the first process there builds them under a lock
+(flock: a shared file system must support it, as NFS 4 and Lustre mounted with `flock` do), the others wait.
 """
 
+import contextlib
+import copy
 import datetime
 import importlib.util
 import json
@@ -12,11 +19,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
@@ -24,7 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from babylm import models, scoring
+from babylm import models, parallel, scoring
 from babylm.config import RunConfig, UserError, milestone_name
 from babylm.distillation import Distiller, trainable_parameters
 from babylm.ledger import word_ledger
@@ -47,6 +55,7 @@ MILLION = 1_000_000
 OFFICIAL_MILESTONES = [n * MILLION for n in (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))]
 EVALUATION_TOKENS = 344  # the longest item of the official evaluation (entity tracking)
 LEARNED_POSITIONS = ("gpt2", "moep")  # a vector per position: those beyond the training blocks are never trained
+PATIENCE = datetime.timedelta(hours=3)  # for processes that wait while process 0 scores a milestone; torch would give up after 10 minutes
 RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this checkpoint-<step> folder"}}
 
 
@@ -54,14 +63,15 @@ RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this c
 
 
 def start_process(config: RunConfig) -> torch.device:
-    """Check the hardware against the config, set threads, and join the process group if there is one."""
+    """Check launcher and hardware against the config, set threads, and join the process group if there is one."""
+    parallel.read_launcher(config)
     device = models.choose_device(config.training)
     for tracker in config.logging.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"logging.trackers: {tracker} is not installed: pip install {tracker}, or take it off the list")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    return PartialState(cpu=device.type == "cpu").device  # with several GPUs: the one of this process
+    return PartialState(cpu=device.type == "cpu", timeout=PATIENCE).device  # with several GPUs: the one of this process
 
 
 def open_run(config: RunConfig, stage: str, teachers: Sequence[str] = ()) -> RunFolder | None:
@@ -90,6 +100,8 @@ def open_folder(config: RunConfig, stage: str, data: dict[str, str]) -> RunFolde
     folder = RunFolder(config, stage, main=state.is_main_process)
     with state.main_process_first():  # the main process checks, records and cleans up before the others look
         folder.resume_from = folder.open(data)
+    if state.num_processes > 1:
+        parallel.require_same_view(folder, data)
     finished = read_finished(folder.root)
     if finished:
         if state.is_main_process:
@@ -191,11 +203,17 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     steps = len(data.train) // config.training.batch_size
     if state.is_main_process:
         _print_plan(config, data, distiller, steps, per_device, accumulation, state.num_processes, device)
-    if config.training.gradient_checkpointing:
-        distiller.student.gradient_checkpointing_enable()
-        distiller.student.enable_input_require_grads()
-    distiller.to_device(device)
-    trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop, sets)
+    save_memory(distiller, config.training.gradient_checkpointing)
+    copied = None
+    if config.training.fsdp and state.num_processes > 1:
+        if state.is_main_process:
+            print(f"sharding   weights, gradients and optimizer state in {state.num_processes} parts; for saving, the main process keeps a "
+                  "whole copy of the student in host memory", flush=True)
+            copied = copy.deepcopy(distiller.student)
+        distiller.shard(device)
+    else:
+        distiller.to_device(device)
+    trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop, sets, copied)
     folder.set_status("running")
     trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
     if trainer.state.global_step < steps:
@@ -203,6 +221,14 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
         raise Preempted(f"{trainer.stopped_by} at step {trainer.state.global_step} of {steps}; the same command"
                         f"{' without ' + ' and '.join(again) if again else ''} continues there")
     trainer.finish()
+
+
+def save_memory(distiller: Distiller, recompute: bool) -> None:
+    """With `recompute` (training.gradient_checkpointing), blocks keep their inputs alone, and compute the rest again going backward."""
+    if recompute:
+        # Not the reentrant form, which gives no gradient where a block's input needs none (adapters on a frozen base), and whose
+        # backward passes within the backward pass DDP and FSDP do not expect.
+        distiller.student.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def require_positions(role: str, model: torch.nn.Module, seq_len: int) -> None:
@@ -275,8 +301,14 @@ class DistillTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller, steps: int, per_device: int,
-                 accumulation: int, stop: StopRequest, sets: Sequence[tuple[Any, Path]] = ()):
-        self.config, self.folder, self.data, self.stop, self.sets = config, folder, data, stop, sets
+                 accumulation: int, stop: StopRequest, sets: Sequence[tuple[Any, Path]] = (), copied: torch.nn.Module | None = None):
+        """
+        Args:
+            sets: from `milestone_sets`.
+            copied: where the distiller is sharded, on the main process: a copy of its student in host memory, which takes the
+                gathered weights whenever it is saved.
+        """
+        self.config, self.folder, self.data, self.stop, self.sets, self.copied = config, folder, data, stop, sets, copied
         self.distiller = distiller
         self.ledger = word_ledger(config, tokenizer_path(config), tokenizer_fingerprint(data.tokenizer),
                                   [teacher.entry.path for teacher in distiller.teachers])
@@ -329,10 +361,10 @@ class DistillTrainer(Trainer):
 
     def require_finite(self, *, weights: bool = False) -> None:
         """Stop the run if a loss (or, on request, a weight) has become NaN or infinite, naming the step to go back to."""
-        step = int(self.accelerator.gather(self._first_bad_step[None]).min())  # all processes stop, or none
-        if step == sys.maxsize and weights:
-            broken = [name for name, p in trainable_parameters(self.model) if not p.isfinite().all()]
-            step = self.state.global_step if broken else step
+        first_bad = self._first_bad_step
+        if weights and not all(parallel.local(p).isfinite().all() for _, p in trainable_parameters(self.model)):
+            first_bad = first_bad.clamp(max=self.state.global_step)
+        step = int(self.accelerator.gather(first_bad[None]).min())  # all processes stop, or none
         if step < sys.maxsize:
             good = self.folder.newest_whole()
             raise UserError(f"the loss or the weights became NaN or infinite at step {step}; the last good checkpoint is "
@@ -354,6 +386,10 @@ class DistillTrainer(Trainer):
         mine = [range(start, min(start + batch, len(blocks))) for start in range(first, len(blocks), stride)]
         with self.accelerator.autocast():
             counts, sums = scoring.domain_sums(lambda batch: distiller.token_terms(**batch), blocks, mine, self.args.device)
+            if distiller.sharded:  # processes with a batch less help the others to gather weights
+                missing = -(-len(blocks) // stride) - len(mine)
+                scoring.domain_sums(lambda batch: distiller.token_terms(**batch), blocks, [range(1)] * missing, self.args.device)
+                distiller.reshard()  # what the backward pass does in training
         distiller.train(was_training)
         # A process without blocks has no terms, but must join the sum: the names are the same everywhere.
         names = distiller.columns()
@@ -372,9 +408,10 @@ class DistillTrainer(Trainer):
             self.progress.best_ce, self.progress.best_step = row["ce"], self.state.global_step
             if self.config.checkpoints.final == "best":
                 self.require_finite(weights=True)
+                student = self._whole_student()
                 if self.folder.main:
                     with folder_written_whole(self._best(row["step"])) as best:
-                        self._check_saved(self._export(best), best)
+                        self._check_saved(student, self._export(student, best), best)
                     for older in self.folder.run.glob("best-*"):
                         if older != self._best(row["step"]):
                             shutil.rmtree(older)
@@ -465,9 +502,45 @@ class DistillTrainer(Trainer):
         self._window_began += time.monotonic() - began
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Everything that is trained, by the names of the Distiller; frozen weights can be read again from their source.
-        os.makedirs(output_dir, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in trainable_parameters(self.model)}, f"{output_dir}/trained.safetensors")
+        # Everything that is trained, by the names of the Distiller; frozen weights can be read again from their source. All processes
+        # come here where the model is sharded, otherwise the main one alone.
+        trained = parallel.whole_tensors(trainable_parameters(self.model))
+        if self.folder.main:
+            os.makedirs(output_dir, exist_ok=True)
+            save_file(trained, f"{output_dir}/trained.safetensors")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.distiller.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = parallel.whole_optimizer_state(self.optimizer)
+        if self.folder.main:  # the files that an unsharded run writes
+            torch.save(state, f"{output_dir}/optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), f"{output_dir}/scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.distiller.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = torch.load(f"{checkpoint}/optimizer.pt", map_location="cpu", mmap=True, weights_only=True)  # each process reads its parts
+        parallel.load_optimizer_state(self.optimizer, saved)
+        self.lr_scheduler.load_state_dict(torch.load(f"{checkpoint}/scheduler.pt", weights_only=True))
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        # The Trainer's own asks a transformers model's config how it was sharded.
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank, world = self.args.process_index, self.args.world_size
+        name = f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"
+        if checkpoint and not Path(checkpoint, name).is_file():  # saved by fewer processes, or by one and now there are several
+            torch.manual_seed(_seed_of(self.config.seed, rank, self.state.global_step))
+        super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = load_file(f"{resume_from_checkpoint}/trained.safetensors")
@@ -477,7 +550,7 @@ class DistillTrainer(Trainer):
                             f"{', '.join(sorted(saved.keys() ^ mine.keys())[:5])}")
         with torch.no_grad():
             for name, parameter in mine.items():
-                parameter.copy_(saved[name])
+                parameter.copy_(parallel.cut_like(saved[name], parameter))
         self.progress = Progress(**json.loads(Path(resume_from_checkpoint, "progress.json").read_text(encoding="utf-8")))
         if self.config.checkpoints.final == "best" and not self._best(self.progress.best_step).is_dir():
             self.progress.best_ce = self.progress.best_step = None  # made after this checkpoint, or in another folder
@@ -487,9 +560,18 @@ class DistillTrainer(Trainer):
         self._window_step = int(re.search(r"checkpoint-(\d+)", resume_from_checkpoint)[1])
         self._say(f"resuming from {resume_from_checkpoint}")
 
-    def _export(self, target: Path) -> Any:
+    def _whole_student(self) -> Any:
+        """The student with all its weights; on other processes than the main one, where it is sharded, None. All must call it."""
+        if not self.distiller.sharded:
+            return self.model.student
+        weights = parallel.whole_tensors(self.model.student.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.copied.named_parameters() if self.copied is not None else ():
+                parameter.copy_(weights[name])
+        return self.copied
+
+    def _export(self, student: Any, target: Path) -> Any:
         """Write the student alone, as a model that loads anywhere; returns the model that was written."""
-        student = self.model.student
         if getattr(self.config, "lora", None) and self.config.lora.mode != "none" and self.config.lora.merge_adapter:
             student = models.merge_adapters(student)
         with saving(target):
@@ -504,22 +586,23 @@ class DistillTrainer(Trainer):
         if not reached:
             return
         self.require_finite(weights=True)
+        student = self._whole_student()
         for name in reached:
             if self.folder.main:
                 with folder_written_whole(self.folder.root / name) as target:
-                    self._export(target)
+                    self._export(student, target)
             self.folder.append_metrics({"kind": "milestone", **self._where(), "name": name})
             self._say(f"  milestone {name} at step {step:,} ({now:,} words)")
         if self.sets and self.folder.main:
-            self._score_milestones(reached)
+            self._score_milestones(student, reached)
         self.accelerator.wait_for_everyone()
 
-    def _score_milestones(self, reached: list[str]) -> None:
+    def _score_milestones(self, student: Any, reached: list[str]) -> None:
         """Score the student on the sets of training.eval_tasks: a row for each milestone that this step reached."""
         from eval import at_milestones
 
         began = time.monotonic()
-        found = at_milestones.scores(self.model.student, self.data.tokenizer, self.sets)
+        found = at_milestones.scores(student, self.data.tokenizer, self.sets)
         self._window_began += time.monotonic() - began  # not part of the training speed
         for name in reached:
             self.folder.append_metrics({"kind": "scores", **self._where(), "name": name, "tasks": found})
@@ -530,6 +613,7 @@ class DistillTrainer(Trainer):
     def finish(self) -> None:
         """The configured end is reached: the final model goes to the root, then finished.json says so."""
         self.require_finite(weights=True)
+        student = self._whole_student()
         if self.folder.main:
             use_best = self.config.checkpoints.final == "best"
             step = self.progress.best_step if use_best else self.state.global_step
@@ -542,7 +626,7 @@ class DistillTrainer(Trainer):
                         if file.name != "complete.json":
                             shutil.copyfile(file, target / file.name)
                 else:
-                    self._check_saved(self._export(target), target)
+                    self._check_saved(student, self._export(student, target), target)
                 (target / "README.md").write_text(model_card(self.folder.root, result, model=target), encoding="utf-8")
 
             self.folder.install_final(write)
@@ -553,14 +637,14 @@ class DistillTrainer(Trainer):
                       f"validation {self._show(result)} | {result['seconds']:.0f} s")
         self.accelerator.wait_for_everyone()
 
-    def _check_saved(self, model: Any, target: Path) -> None:
-        """The model on disk must compute what was trained: also where adapters were merged or embeddings untied."""
+    def _check_saved(self, student: Any, model: Any, target: Path) -> None:
+        """The model on disk must compute what was trained: also where adapters were merged (into `model`) or embeddings untied."""
         if not (target / "config.json").is_file():  # an unmerged adapter: nothing was changed on the way
             return
         sample = self.data.val[0]["input_ids"][None, :64]
         models.require_saved_equals(model, target, sample)
-        if model is not self.model.student:
-            difference = models.largest_logit_difference(self.model.student, model, sample)
+        if model is not student:
+            difference = models.largest_logit_difference(student, model, sample)
             self._say(f"merged the adapters: logits differ by {difference:.1e} of the largest from base + adapters")
             if not difference < (1e-4 if self.config.training.precision == "fp32" else 5e-2):
                 raise RuntimeError(f"merging changed the logits by {difference:.2g} of the largest: {self.folder.root} was not finished")
@@ -578,6 +662,11 @@ class DistillTrainer(Trainer):
                 **{name: validation[name] for name in kept if name in validation}, "ledger": ledger}
 
 
+def _seed_of(seed: int, rank: int, step: int) -> int:
+    """Of the dropout of one process, where no random state was saved for it."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
+
+
 class RunCallback(TrainerCallback):
     """Decides, at the end of every step, whether to log, validate, save, or stop."""
 
@@ -586,6 +675,8 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer._began = self.trainer._window_began = time.monotonic()
+        if args.process_index:  # else all processes would drop the same units
+            torch.manual_seed(_seed_of(args.seed, args.process_index, 0))
         if self.trainer.stop:
             raise Preempted(f"{self.trainer.stop.signal_name} before the first step; the same command starts again")
 

@@ -167,7 +167,7 @@ class PPOTrainer:
         switch_off_dropout(model)
         self.policy = PolicyWithValue(model, config.ppo.value).to(run.device).eval()
         if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()  # transformers recomputes in train mode only; without dropout that changes nothing else
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.policy, config), betas=(training.beta1, training.beta2), fused=True)
         self.coefficient = config.ppo.kl.coefficient

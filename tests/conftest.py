@@ -5,6 +5,8 @@ import os
 # Before numpy and torch are loaded, and for child processes: tests that run beside other work must not wait for a second thread.
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+import functools
+import gc
 import importlib
 import signal
 import socket
@@ -205,6 +207,7 @@ def in_child(tmp_path):
         child = os.fork()
         if child == 0:
             code = 70
+            gc.freeze()  # the parent's objects: each collection would copy all their pages into this process
             try:
                 with open(out, "w") as stdout, open(err, "w") as stderr:
                     os.dup2(stdout.fileno(), 1)
@@ -226,19 +229,25 @@ def in_child(tmp_path):
 
 
 @pytest.fixture
-def on_two_processes(tmp_path):
-    """on_two_processes("train_student", "--config", ...) runs a stage as torchrun would (gloo), in two forked processes."""
+def on_processes(tmp_path):
+    """on_processes(4, "train_student", "--config", ..., before=f, codes={75}) runs a stage as torchrun would (gloo), in forked processes.
 
-    def call(script, *args):
+    `before(rank)` is called in each of them first, to change what it does. All must end with the same exit code, one of `codes`.
+    Returns what each printed.
+    """
+
+    def call(count, script, *args, before=None, codes=(0,)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        logs, children = [tmp_path / f"rank{rank}.log" for rank in range(2)], []
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count),
+                     "LOCAL_WORLD_SIZE": str(count)}
+        logs, children = [tmp_path / f"rank{rank}.log" for rank in range(count)], []
         for rank, log in enumerate(logs):
             sys.stdout.flush()
             children.append(os.fork())
             if children[-1] == 0:
                 code = 70
+                gc.freeze()
                 try:
                     with open(log, "w", buffering=1) as stream:
                         for number in (1, 2):
@@ -248,6 +257,8 @@ def on_two_processes(tmp_path):
                         AcceleratorState._reset_state(reset_partial_state=True)  # what runs in the parent left
                         sys.argv, run_folder._opened[:] = [f"{script}.py", *map(str, args)], []
                         try:
+                            if before:
+                                before(rank)
                             run_stage(importlib.import_module(script).main)
                             code = 0
                         except SystemExit as end:
@@ -256,7 +267,15 @@ def on_two_processes(tmp_path):
                             traceback.print_exc()
                 finally:
                     os._exit(code)  # a child never goes on with the tests
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+        found = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        texts = [log.read_text() for log in logs]
+        assert len(set(found)) == 1 and found[0] in codes, f"exit codes {found}\n" + "\n".join(texts)
+        return texts
 
     return call
+
+
+@pytest.fixture
+def on_two_processes(on_processes):
+    """on_two_processes("train_student", "--config", ...) is `on_processes` with two."""
+    return functools.partial(on_processes, 2)

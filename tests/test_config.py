@@ -46,7 +46,8 @@ class Rewarded(Section):
     data: DataSection = key(DataSection(), "what is read")
 
 
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")  # those: test_sweeps.py
+ELSEWHERE = {"sweeps": "test_sweeps.py", "accelerate": "test_processes.py"}  # folders of YAML that is no stage's, and where it is tested
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ELSEWHERE)
 
 
 def run(**changes):
@@ -518,11 +519,12 @@ def test_where_a_reward_runs_and_where_its_files_lie_do_not_change_the_identity(
 NOT_IDENTITY = {  # where things lie, how often something is said or saved, how the work is spread; spelled out on purpose
     "name", "output", "fresh", "resume_path", "data.corpus", "data.tokenizer", "data.eval_path", "training.per_device_batch_size",
     "model.expert_path",
-    "training.compile", "training.gradient_checkpointing", "training.device", "training.threads", "training.eval_tasks",
+    "training.compile", "training.fsdp", "training.gradient_checkpointing", "training.device", "training.threads", "training.eval_tasks",
     "training.eval_data", "training.eval_suite", "checkpoints.save_steps",
     "checkpoints.keep", "checkpoints.milestones", "checkpoints.extra_words", "checkpoints.every_words", "logging.logging_steps",
     "logging.trackers", "lora.merge_adapter", "distillation.teacher", "distillation.teachers.path",
-    "distillation.teachers.device", "distillation.cache", "distillation.cache_path", "corpus.input", "corpus.output",
+    "distillation.teachers.device", "distillation.cache",
+    "distillation.offload_teacher", "distillation.cache_path", "corpus.input", "corpus.output",
     "download.strict_small", "download.strict", "download.revision", "rewards.teacher", "rewards.batch_size", "rewards.device",
     "rewards.server", "rewards.api_key_variable", "rewards.rubric", "rewards.workers", "rewards.timeout", "rewards.attempts",
     "rewards.backoff", "prompts.dataset", "prompts.path", "logging.samples",

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or damaged on the way ends as if nothing had happened, or says why it cannot."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -75,6 +76,7 @@ class Child:
         stream = open(log, "w", buffering=1)  # noqa: SIM115 - it is the child's for as long as it lives
 
         def work():
+            gc.freeze()  # see conftest.py
             for number in (1, 2):
                 os.dup2(stream.fileno(), number)
             sys.stdout = sys.stderr = stream

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from babylm import models, teacher_cache, training
 from babylm.config import StudentConfig, UserError, load
 from babylm.distillation import Teacher
+from babylm.run_folder import Preempted
 from custom_dataset import tokenizer_fingerprint
 
 ROOT = Path(training.__file__).parents[1]
@@ -430,22 +433,35 @@ def test_a_capture_killed_half_way_goes_on_from_the_last_batch_that_every_state_
     assert contents(tmp_path) == contents(captured("mapped"))
 
 
-def test_a_second_capture_of_the_same_blocks_is_refused_and_the_first_goes_on(keys, captured, capture, tmp_path, in_child, home,
-                                                                              monkeypatch):
-    states, ended = Teacher.states, []
+def test_of_two_processes_that_capture_at_once_one_does_and_the_other_waits(keys, captured, tmp_path, on_two_processes, home):
+    def before(rank):
+        states, other = Teacher.states, tmp_path / f"rank{1 - rank}.log"
 
-    def meanwhile(self, ids, wanted):
-        if not ended:
-            ended.append(None)  # the child runs teachers too
-            arguments = ["teacher_cache.py", "--config", str(home / "run.yaml"), *keys("mapped", tmp_path)]
-            ended[0] = in_child(lambda: (setattr(sys, "argv", arguments), teacher_cache.main()))
-        return states(self, ids, wanted)
+        def counted(self, ids, wanted):
+            deadline = time.monotonic() + 60
+            while "is capturing" not in other.read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            print(f"RAN {len(ids)}")
+            return states(self, ids, wanted)
 
-    monkeypatch.setattr(Teacher, "states", meanwhile)
-    capture(*keys("mapped", tmp_path))
-    assert ended[0].returncode == 1 and re.search("error: .* is being captured by another process: wait for it", ended[0].stderr)
-    found = contents(tmp_path)
-    assert {path: data for path, data in found.items() if path.suffix != ".tmp"} == contents(captured("mapped"))
+        Teacher.states = counted
+
+    cache = tmp_path / "cache"
+    logs = on_two_processes("babylm.teacher_cache", "--config", home / "run.yaml", *keys("mapped", cache), before=before)
+    data = training.load_data(config_of(home, *keys("mapped")))
+    ran = sorted(sum(map(int, re.findall(r"RAN (\d+)", log))) for log in logs)
+    assert ran == [0, 2 * data.train.blocks_per_epoch + len(data.val)]
+    assert sum("another process is capturing" in log for log in logs) == 1
+    assert contents(cache) == contents(captured("mapped"))
+
+
+def test_a_process_that_waits_for_anothers_capture_can_be_stopped(tmp_path):
+    class Stop:
+        signal_name = "SIGTERM"
+
+    with FileLock(f"{tmp_path / 'teacher'}.lock"), pytest.raises(Preempted, match="SIGTERM while another process captured"):
+        with teacher_cache._alone(tmp_path / "teacher", Stop()):
+            pass
 
 
 # ---- Refused before anything is spent -------------------------------------------------------------------------------

@@ -80,8 +80,10 @@ def accumulated(stage, student_keys):
 
 @pytest.fixture(scope="module")
 def two_processes(home, student_keys):
-    """The same student on two real processes (gloo), each with 2 x 4 sequences per step."""
-    command = torchrun(home, "two", *student_keys, *MILESTONES, "training.per_device_batch_size=4")
+    """The same student on two real processes (gloo) as accelerate's launcher starts them, each with 2 x 4 sequences per step."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml"),
+               "--num_processes", "2", "--main_process_port", "0", str(ROOT / "train_student.py"), "--config", str(home / "run.yaml"),
+               "name=two", *student_keys, *MILESTONES, "training.per_device_batch_size=4"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
     return home / "models" / "two"

@@ -349,3 +349,24 @@ def test_what_is_missing_or_does_not_divide_is_said_before_anything_is_computed(
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match="algorithm: dpo needs the package trl: pip install trl"):
         trltrainer.train(config, run, policy)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_two_processes_train_what_one_trains(algorithm, corpus, students, in_process, on_two_processes, tmp_path, write_yaml, monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    config = write_yaml(tmp_path / "run.yaml", {
+        "name": algorithm, "output": str(tmp_path / "one"), "algorithm": algorithm, "model": {"path": str(students("gpt2"))},
+        "data": {"corpus": str(corpus), "seq_len": 32, "eval_blocks": 3}, "prompts": {"count": 8, "max_tokens": 3},
+        "generation": {"max_new_tokens": 6}, "rewards": [{"kind": "length", "min_words": 1, "max_words": 2}],
+        "checkpoints": {"milestones": False, "save_steps": 1000, "every_words": 40}, "logging": {"eval_prompts": 3, "logging_steps": 1},
+        "training": {"steps": 2, "batch_size": 16, "lr": 1e-3, "device": "cpu", "warmup_steps": 0, "schedule": "constant"},
+        algorithm: {"group": 4, "beta": 0.04} if algorithm == "grpo" else {"prompts_per_round": 16, "beta": 0.1}})
+    in_process("ppo", "--config", config)
+    on_two_processes("ppo", "--config", config, f"output={tmp_path / 'two'}", "training.per_device_batch_size=4")
+    one, two = (tmp_path / name / algorithm for name in ("one", "two"))
+    ours, theirs = ([json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()] for run in (one, two))
+    assert [[row.get(key) for key in ("kind", "step", "words", "name")] for row in ours] == [
+        [row.get(key) for key in ("kind", "step", "words", "name")] for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in {"ce", "reward"} & mine.keys() | ({"grad_norm"} if (mine["kind"], mine["step"]) == ("train", 1) else set()):
+            assert mine[name] == pytest.approx(other[name], rel=1e-2 if mine["step"] == 2 else 1e-4), (mine["step"], name)  # Adam's signs
