@@ -35,8 +35,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from babylm import models, training
-from babylm.config import StudentConfig, TeacherEntry, UserError, content_hash, load, student_schema
+from babylm import models, plan, training
+from babylm.config import DRY_RUN, StudentConfig, TeacherEntry, UserError, content_hash, load, student_schema
 from babylm.distillation import Teacher, state_key
 from babylm.losses import Head
 from babylm.run_folder import Preempted, StopRequest, require_finished, run_stage, write_json
@@ -109,7 +109,7 @@ def teacher_folder(config: StudentConfig, entry: TeacherEntry, tokenizer_hash: s
 
 
 def main() -> None:
-    config, _ = load(student_schema, "configs/10M/student.yaml", __doc__)
+    config, _ = load(student_schema, "configs/10M/student.yaml", __doc__, flags=DRY_RUN)
     if not config.distillation.entries:
         raise UserError("distillation: the config has no teacher, so there is nothing to cache")
     device = training.start_process(config)
@@ -135,24 +135,43 @@ def main() -> None:
     print(f"cache      {total / 1e9:.2f} GB in all, {missing / 1e9:.2f} GB to be made in {folders[0].root.parent}", flush=True)
     if not missing:
         return
-    stop = StopRequest()
+    stop = None if config.dry_run else StopRequest()
     for entry, folder, (depth, width), states in zip(config.distillation.entries, folders, shapes, wanted, strict=True):
         if all(folder.whole(blocks, state, width) for blocks in sequences for state in states):
             continue
         teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
         training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
         teacher.to(device)
+        per_device, _ = training.accumulation_steps(config, 1)
+        if config.dry_run:
+            left = sum(blocks.count for blocks in sequences if not all(folder.whole(blocks, state, width) for state in states))
+            _print_time(teacher, sequences[0], left, states, per_device, AUTOCAST[config.training.precision], device)
+            continue
         folder.root.mkdir(parents=True, exist_ok=True)
         save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
                   folder.root / ".head.tmp")
         os.replace(folder.root / ".head.tmp", folder.root / "head.safetensors")
         write_json(folder.root / "meta.json", {"teacher": entry.path, "depth": depth, "width": width, **folder.key})
-        per_device, _ = training.accumulation_steps(config, 1)
         for blocks in sequences:
             todo = [state for state in states if not folder.whole(blocks, state, width)]
             if todo:
                 _capture(teacher, folder, blocks, todo, per_device, AUTOCAST[config.training.precision], device, stop)
-    print("cache      complete", flush=True)
+    print("cache      complete" if not config.dry_run else "dry run    all is well, and nothing was written", flush=True)
+
+
+@torch.no_grad()
+def _print_time(teacher: Teacher, blocks: Blocks, left: int, states: list[int], per_device: int, precision: torch.dtype,
+                device: torch.device) -> None:
+    """How long it takes to run a teacher over `left` blocks, measured on a few."""
+
+    def capture(count: int) -> None:
+        ids = torch.stack([blocks.read(block % blocks.count) for block in range(count)]).to(device)
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            teacher.states(ids, states)
+
+    seconds, count = plan.per_sequence(capture, per_device, device)
+    print(f"cache      {teacher.entry.path}: about {plan.clock(left * seconds)} for {left:,} blocks (measured on {count} at once)",
+          flush=True)
 
 
 def _shape(path: str) -> tuple[int, int]:
