@@ -202,8 +202,10 @@ def checkpointing(model: torch.nn.Module, on: bool) -> Iterator[None]:
     before = model.is_activation_checkpointing
 
     def switch(wanted: bool) -> None:
-        if wanted != model.is_activation_checkpointing:
-            (model.activation_checkpointing_enable if wanted else model.activation_checkpointing_disable)()
+        if wanted and not model.is_activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        elif not wanted and model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
 
     switch(on)
     try:
