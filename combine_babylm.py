@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from babylm import cleaning, corpus, demo_corpus, hub, models
-from babylm.config import CorpusConfig, CorpusSection, UserError, content_hash, identity, load
+from babylm.config import DRY_RUN, CorpusConfig, CorpusSection, UserError, content_hash, identity, load
 from babylm.run_folder import move_aside, run_stage, write_json
 from custom_dataset import file_sha256, open_store, tokenizer_fingerprint
 
@@ -27,12 +27,20 @@ def main() -> None:
     config, flags = load(CorpusConfig, "configs/10M/corpus.yaml", __doc__, flags={
         "--input": {"key": "corpus.input", "help": "folder with *.train files"},
         "--output": {"key": "corpus.output", "help": "folder to write"},
-        "--download": {"choices": ["strict-small", "strict"], "help": "fetch the published 10M or 100M corpus into --input first"}})
+        "--download": {"choices": ["strict-small", "strict"], "help": "fetch the published 10M or 100M corpus into --input first"},
+        **DRY_RUN})
     section, source, target = config.corpus, Path(config.corpus.input), Path(config.corpus.output)
-    if flags.download:
+    if flags.download and not config.dry_run:
         hub.download_corpus(config.download, flags.download, source)
     if section.demo_words:
-        _write_demo(source, section.demo_words, config.seed)
+        _refuse_foreign(source)
+        if not config.dry_run:
+            _write_demo(source, section.demo_words, config.seed)
+    if config.dry_run and (flags.download or section.demo_words) and not any(source.glob("*.train")):
+        what = f"the corpus {flags.download}" if flags.download else f"a demo corpus of about {section.demo_words:,} words"
+        print(f"input      {source}: {what} would be written there first, so there is nothing to look at yet\n"
+              "dry run    the config is valid, and nothing was written")
+        return
     files = sorted(source.glob("*.train")) or sorted(source.glob("*.dev"))
     if not files:
         raise UserError(f"{source} holds no *.train files: give --input a folder that does, or fetch the published corpus with "
@@ -47,9 +55,14 @@ def main() -> None:
     mine = {**identity(config), "files": {file.name: file_sha256(file) for file in files}}
     if tokenizer is not None:  # the folder it came from may hold another one next time
         mine["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    if _is_done(target, mine, config.fresh):
+    done = _is_done(target, mine, config.fresh)
+    if config.dry_run:
+        corpus.print_plan(config, files, rules, tokenizer, target, done)
+        return
+    if done:
         print(f"{target} already holds this corpus: nothing to do")
     else:
+        _prepare(target, config.fresh)
         with tempfile.TemporaryDirectory(dir=target, prefix=".", suffix=".tmp") as scratch:  # gone, however it ends
             # ---- 3. Clean every file into documents, and draw the validation part by document within it -------------
             domains, all_bytes = [], sum(file.stat().st_size for file in files)
@@ -93,13 +106,18 @@ def main() -> None:
 # ---- The steps in detail --------------------------------------------------------------------------------------------
 
 
-def _write_demo(folder: Path, words: int, seed: int) -> None:
-    """Generate the demo corpus; never over a file of the user's."""
-    mark = folder / ".demo"  # says that the files beside it were generated
-    if not mark.exists() and (theirs := sorted(folder.glob("*.train"))):
+DEMO_MARK = ".demo"  # says that the files beside it were generated
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not (folder / DEMO_MARK).exists() and (theirs := sorted(folder.glob("*.train"))):
         raise UserError(f"{theirs[0]} was not made by the demo generator, which would overwrite it: choose another --input")
+
+
+def _write_demo(folder: Path, words: int, seed: int) -> None:
+    """Generate the demo corpus."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    (folder / DEMO_MARK).touch()
     demo_corpus.write_corpus(folder, words, seed)
 
 
@@ -147,16 +165,20 @@ def _is_done(target: Path, mine: dict, fresh: bool) -> bool:
                             "--output, or fresh=true to move it aside")
     elif target.is_dir() and (foreign := [p.name for p in target.iterdir() if not _is_ours(p.name)]):
         raise UserError(f"{target} holds files that are not a corpus ({', '.join(sorted(foreign)[:3])}): choose another --output")
+    return False
+
+
+def _prepare(target: Path, fresh: bool) -> None:
+    """Make the output folder ready to be written; with `fresh`, what is in it is moved aside."""
     if target.is_dir() and fresh and any(target.iterdir()):
         print(f"fresh: moved the old {target} to {move_aside(target)}")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        manifest_path.unlink(missing_ok=True)  # without it, a half-written folder is not taken for a corpus
+        (target / "manifest.json").unlink(missing_ok=True)  # without it, a half-written folder is not taken for a corpus
         if not os.access(target, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise UserError(f"cannot write to {target}: {error.strerror}; choose another --output") from error
-    return False
 
 
 def _is_ours(name: str) -> bool:

@@ -13,7 +13,9 @@ No padding and no masking: labels are the inputs.
 """
 
 import contextlib
+import copy
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -118,7 +120,10 @@ class TokenStore:
         documents: [D] structured array TOKEN_DOCUMENT.
         domains: names for `documents["domain"]`.
         meta: what `meta.json` says: hashes, counts, `words` (the sum of word_starts).
+        estimated: whether it only stands for a store that is not there (UnwrittenStore).
     """
+
+    estimated = False
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -136,7 +141,37 @@ class TokenStore:
         return self.documents["domain"][np.searchsorted(self.documents["start"], positions, side="right") - 1]
 
 
-def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float = -1) -> TokenStore:
+class UnwrittenStore(TokenStore):
+    """What the store in `folder` would hold, in memory, for those who must not write.
+
+    Of a text larger than SAMPLE_BYTES every n-th document is tokenised, and the result repeated up to the words of the whole text:
+    `estimated` is then True, and the number of tokens (and blocks) an estimate.
+    """
+
+    SAMPLE_BYTES = 32_000_000
+
+    def __init__(self, folder: Path, text: TextPart, tokenizer: Any, fingerprint: str):
+        self.folder, self.domains = folder, text.domains
+        every = min(max(1, -(-int(text.documents["stop"][-1]) // self.SAMPLE_BYTES)), len(text.documents))
+        self.estimated = every > 1
+        part = copy.copy(text)
+        part.documents = text.documents[::every]
+        ids_file, words_file = io.BytesIO(), io.BytesIO()
+        documents, self.meta = _tokenise(part, tokenizer, fingerprint, ids_file, words_file)
+        ids, marks = np.frombuffer(ids_file.getvalue(), self.meta["dtype"]), np.frombuffer(words_file.getvalue(), np.uint8)
+        if self.estimated:
+            length = round(len(ids) * int(text.documents["words"].sum()) / max(self.meta["words"], 1))
+            shifts = [(documents["start"] + begin, documents["domain"]) for begin in range(0, length, len(ids))]
+            documents = np.zeros(len(shifts) * len(documents), TOKEN_DOCUMENT)
+            documents["start"], documents["domain"] = (np.concatenate(column) for column in zip(*shifts, strict=True))
+            documents = documents[documents["start"] < length]
+            ids, marks = np.resize(ids, length), np.resize(marks, length)
+        self.ids, self.word_starts, self.documents = ids, marks, documents
+        self.meta |= {"tokens": len(ids), "words": int(marks.sum(dtype=np.int64)), "documents": len(documents),
+                      "files": {"ids.bin": hashlib.sha256(ids).hexdigest(), "words.bin": hashlib.sha256(marks).hexdigest()}}
+
+
+def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float = -1, write: bool = True) -> TokenStore:
     """Open the token store of one part of a corpus folder; build it first where there is none that is whole.
 
     Args:
@@ -144,6 +179,7 @@ def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float =
         part: "train" or "val".
         tokenizer: a fast transformers tokenizer.
         wait_s: how long to wait while another process builds the same store (-1: as long as it takes).
+        write: False leaves the disk alone: without a whole store there, the result is an UnwrittenStore.
 
     Raises:
         DataError: no such corpus, text changed since stage 1, tokenizer without an end token, disk full, or `wait_s` over.
@@ -154,8 +190,13 @@ def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float =
     content = [STORE_FORMAT, text.sha256, hashlib.sha256(text.documents.tobytes()).hexdigest(), fingerprint]
     store_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     folder = text.folder / "tokens" / f"{part}-{store_key}"
-    if folder.is_dir() and not os.access(folder.parent, os.W_OK) and _store_fault(folder) is None:
-        return TokenStore(folder)  # a corpus that others share with us, read-only
+    # Without a lock: a corpus that others share with us, read-only, or a process that must not write.
+    if folder.is_dir() and not (write and os.access(folder.parent, os.W_OK)) and _store_fault(folder) is None:
+        return TokenStore(folder)
+    if not write:
+        if not os.access(folder.parent if folder.parent.is_dir() else text.folder, os.W_OK):
+            raise _unwritable(folder, "Permission denied")
+        return UnwrittenStore(folder, text, tokenizer, fingerprint)
     try:
         folder.parent.mkdir(exist_ok=True)
         lock = FileLock(f"{folder}.lock")
@@ -167,8 +208,12 @@ def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float =
     except Timeout:
         raise DataError(f"{folder} is still being built by another process after {wait_s:.0f} s") from None
     except OSError as error:
-        raise DataError(f"cannot write the token store {folder}: {error.strerror or error}; free some space or choose "
-                        "another corpus folder; nothing half-written is kept") from error
+        raise _unwritable(folder, error.strerror or error) from error
+
+
+def _unwritable(folder: Path, reason: Any) -> DataError:
+    return DataError(f"cannot write the token store {folder}: {reason}; free some space or choose another corpus folder; nothing "
+                     "half-written is kept")
 
 
 def _open_or_build(folder: Path, text: TextPart, tokenizer: Any, fingerprint: str) -> TokenStore:
@@ -206,44 +251,50 @@ def _store_fault(folder: Path) -> str | None:
 
 
 def _build(folder: Path, text: TextPart, tokenizer: Any, fingerprint: str) -> None:
+    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "words.bin", "wb") as words_file:
+        documents, meta = _tokenise(text, tokenizer, fingerprint, ids_file, words_file)
+    np.save(folder / "documents.npy", documents)
+    meta["files"] = {name: file_sha256(folder / name) for name in ("ids.bin", "words.bin", "documents.npy")}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _tokenise(text: TextPart, tokenizer: Any, fingerprint: str, ids_file: BinaryIO, words_file: BinaryIO) -> tuple[np.ndarray, dict]:
+    """Write ids and word marks of all documents into two files; (documents, meta without hashes of files)."""
     start_id, end_id = document_tokens(tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     encoder = WordMarkingEncoder(tokenizer)
     documents = np.zeros(len(text.documents), TOKEN_DOCUMENT)
     position = words = 0
     began, shown = time.monotonic(), time.monotonic()
-    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "words.bin", "wb") as words_file:
 
-        def write(ids: np.ndarray, marks: np.ndarray) -> None:
-            nonlocal position, words
-            ids_file.write(ids.astype(dtype).tobytes())
-            words_file.write(marks.tobytes())
-            position += len(ids)
-            words += int(marks.sum())
+    def write(ids: np.ndarray, marks: np.ndarray) -> None:
+        nonlocal position, words
+        ids_file.write(ids.astype(dtype).tobytes())
+        words_file.write(marks.tobytes())
+        position += len(ids)
+        words += int(marks.sum())
 
-        no_mark = np.zeros(1, np.uint8)
-        if start_id is None:  # one end-of-text token before the first document, so that its first word is predicted too
-            write(np.array([end_id]), no_mark)
-        for index, (domain, ids, marks) in enumerate(encoder.stream(text)):
-            documents[index] = (position, domain)
-            if start_id is not None:
-                write(np.array([start_id]), no_mark)
-            write(ids, marks)
-            write(np.array([end_id]), no_mark)
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                share = text.documents["stop"][index] / text.documents["stop"][-1]
-                left = (shown - began) * (1 - share) / share
-                print(f"  tokenising {text.path}: {share:.0%}, {words:,} words, {left:.0f} s left", flush=True)
+    no_mark = np.zeros(1, np.uint8)
+    if start_id is None:  # one end-of-text token before the first document, so that its first word is predicted too
+        write(np.array([end_id]), no_mark)
+    for index, (domain, ids, marks) in enumerate(encoder.stream(text)):
+        documents[index] = (position, domain)
+        if start_id is not None:
+            write(np.array([start_id]), no_mark)
+        write(ids, marks)
+        write(np.array([end_id]), no_mark)
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            share = text.documents["stop"][index] / text.documents["stop"][-1]
+            left = (shown - began) * (1 - share) / share
+            print(f"  tokenising {text.path}: {share:.0%}, {words:,} words, {left:.0f} s left", flush=True)
     if start_id is None:
         documents["start"][0] = 0  # the leading end-of-text token belongs to the first document
-    np.save(folder / "documents.npy", documents)
-    files = {name: file_sha256(folder / name) for name in ("ids.bin", "words.bin", "documents.npy")}
     meta = {"tokens": position, "words": words, "documents": len(documents), "domains": text.domains,
-            "dtype": np.dtype(dtype).name, "text_sha256": text.sha256, "tokenizer": fingerprint, "files": files}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            "dtype": np.dtype(dtype).name, "text_sha256": text.sha256, "tokenizer": fingerprint}
     print(f"tokenised {text.path}: {words:,} words, {position:,} tokens ({position / max(words, 1):.2f} per word), "
           f"{len(documents):,} documents in {time.monotonic() - began:.1f} s", flush=True)
+    return documents, meta
 
 
 def document_tokens(tokenizer: Any) -> tuple[int | None, int]:

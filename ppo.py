@@ -33,7 +33,7 @@ def main() -> None:
     policy = models.load_causal_lm(config.model.path).to(device)
     reference = models.load_causal_lm(config.model.path).to(device).requires_grad_(False).eval()
     longest = 1 + inputs.prompts.longest + config.generation.max_new_tokens
-    rewards = reward.build_rewards(config.rewards, inputs.tokenizer, reference, device, config.seed, folder.run / "judge", longest)
+    rewards = reward.build_rewards(config.rewards, inputs.tokenizer, reference, device, config.seed, folder.keep("judge"), longest)
 
     # ---- 5. Train and save ------------------------------------------------------------------------------------------
     run = rl_run.RLRun(config, folder, inputs, val, reference, rewards, device)

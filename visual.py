@@ -118,12 +118,17 @@ def over_seeds(runs) -> list[str]:
     return lines
 
 
+def write(figure, path, dry_run) -> None:
+    """Save a figure and say so; in a dry run, only say so."""
+    print(*("would write", f"{path}.png", f"{path}.svg") if dry_run else ("wrote", *save(figure, path)))
+
+
 # ---------------------------------------------------------------- evaluation results
 
 UNITS = {"accuracy": "accuracy (%)", "spearman": "Spearman's rho", "reading": "variance explained (%)"}
 
 
-def draw_results(folders, models, output, width) -> int:
+def draw_results(folders, models, output, width, dry_run=False) -> int:
     """Draw and tabulate results/<model> folders; the exit code."""
     from eval import reports  # here, because it loads torch, which curves of runs do without
 
@@ -137,7 +142,7 @@ def draw_results(folders, models, output, width) -> int:
     rows = [row for run in runs for table in run.tables.values() for row in table.values()]
     figure = scores_figure(runs, {row["task"]: (UNITS[row["kind"]], row["chance"]) for row in rows}, width)
     if figure is not None:
-        print("wrote", *save(figure, output / "scores"))
+        write(figure, output / "scores", dry_run)
     columns = {}
     for run in runs:
         for revision in filter(None, (run.final, "untrained" if "untrained" in run.tables else None)):
@@ -162,6 +167,7 @@ def main(argv=None) -> int:
     parser.add_argument("--output", type=Path, default=Path("figures"), help="folder; default: figures")
     parser.add_argument("--width", type=float, choices=(3.3, 6.8), default=3.3, help="inches: one column or the page")
     parser.add_argument("--log_y", action="store_true", help="logarithmic vertical axes (perplexity always has one)")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be drawn; write nothing")
     parser.add_argument("--table", action="store_true", help="print the scores as a table, too")
     args = parser.parse_args(argv)
     if args.smooth < 1:
@@ -169,7 +175,7 @@ def main(argv=None) -> int:
     if bool(args.folders) == bool(args.results):
         parser.error("give run folders (models/NAME ...), or --results results/NAME ...")
     if args.results:
-        return draw_results(args.results, args.models, args.output, 6.8)
+        return draw_results(args.results, args.models, args.output, 6.8, args.dry_run)
 
     # ------------------------------------------------------------ 2. read the runs
     runs = [load_metrics(folder) for folder in dict.fromkeys(folder.rstrip("/") for folder in args.folders)]
@@ -196,7 +202,7 @@ def main(argv=None) -> int:
     figures |= {f"experts-{run.name}": figure for run in kept if (figure := experts_plot(run)) is not None}
     for name, figure in figures.items():
         if figure is not None:
-            print("wrote", *save(figure, args.output / name.replace("/", "-")))
+            write(figure, args.output / name.replace("/", "-"), args.dry_run)
         elif kept and name in metrics:
             print(f"note: no run has a finite value of {name}: not drawn")
 

@@ -26,6 +26,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
     field_validator,
@@ -90,6 +91,17 @@ class Section(BaseModel):
         return value
 
 
+class StageConfig(Section):
+    """Base of what `load` makes for a stage. How it was called (--dry_run) goes with it, but is no key: neither identity nor recorded."""
+
+    _dry_run: bool = PrivateAttr(False)
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether everything is to be checked and told, and nothing written."""
+        return self._dry_run
+
+
 # ---- Stage 1: the corpus --------------------------------------------------------------------------------------------
 
 
@@ -134,7 +146,7 @@ class DownloadSection(Section):
     revision: str = key("main", "branch, tag or commit of that dataset", identity=False)
 
 
-class CorpusConfig(Section):
+class CorpusConfig(StageConfig):
     """Stage 1, `combine_babylm.py`."""
 
     seed: int = key(0, "drives which documents are drawn and which are held out", ge=0)
@@ -318,7 +330,7 @@ class LoggingSection(Section):
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = key([], "experiment trackers to report to", identity=False)
 
 
-class RunConfig(Section):
+class RunConfig(StageConfig):
     """What every training stage has."""
 
     name: str = key(..., "the run's folder is <output>/<name>", identity=False, min_length=1)
@@ -1094,6 +1106,9 @@ def content_hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+DRY_RUN = {"--dry_run": {"action": "store_true", "help": "check everything, print sizes and an estimate of the time; write nothing"}}
+
+
 def load(schema: type[Section] | Callable[[dict], type[Section]], default_path: str, description: str, arguments: list[str] | None = None,
          flags: dict[str, dict] | None = None) -> tuple[Any, argparse.Namespace]:
     """Read a stage's command line and YAML.
@@ -1105,6 +1120,7 @@ def load(schema: type[Section] | Callable[[dict], type[Section]], default_path: 
         arguments: command line without the program name; default: sys.argv[1:].
         flags: further options, {"--use_lora": {"action": "store_true", "key": "lora.mode", "value": "lora"}, ...}; a
             flag with `key` becomes an override of that config key (with `value`, or with what the user gave).
+            DRY_RUN among them makes `config.dry_run` what the user says.
 
     Returns:
         (config, parsed arguments).
@@ -1129,4 +1145,6 @@ def load(schema: type[Section] | Callable[[dict], type[Section]], default_path: 
             apply_override(values, f"{path}={json.dumps(value if value is not None else given)}")
     for override in args.overrides:
         apply_override(values, override)
-    return check(schema if isinstance(schema, type) else schema(values), values, str(args.config)), args
+    config = check(schema if isinstance(schema, type) else schema(values), values, str(args.config))
+    config._dry_run = getattr(args, "dry_run", False)
+    return config, args

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from babylm.cleaning import Cleaner
-from babylm.config import CorpusSection, UserError
+from babylm.config import CorpusConfig, CorpusSection, UserError
+from babylm.run_folder import amount, existing_parent, free_bytes, require_space
 from custom_dataset import DOCUMENT, DataError, file_sha256
 
 PARTS = ("train", "val")
@@ -130,6 +131,54 @@ def documents(lines: Iterator[str], boundary: str, cleaner: Cleaner, max_words: 
     yield from flush()
 
 
+# ---- Before anything is written -------------------------------------------------------------------------------------
+
+
+def print_plan(config: CorpusConfig, files: list[Path], rules: dict[str, tuple[str, ...]], tokenizer: Any, target: Path,
+               done: bool) -> None:
+    """The rest of a dry run of stage 1: read the raw files through, and say what would be made of them.
+
+    Args:
+        rules: cleaning rules by file stem.
+        tokenizer: the one that the config names, None where one is trained.
+        done: whether `target` holds this corpus already.
+
+    Raises:
+        DataError: bytes that are not UTF-8.
+        UserError: what is to be written does not fit on the disk.
+    """
+    section, size, words = config.corpus, sum(file.stat().st_size for file in files), 0
+    for file in files:
+        found = sum(len(line.split()) for line in decoded_lines(file, section.encoding_errors, Counter()))
+        words += found
+        print(f"input      {file}: {amount(file.stat().st_size)}, {found:,} words before cleaning; documents by "
+              f"{boundary_of(file, section)}; {len(rules[file.stem])} cleaning rules", flush=True)
+    drawn = f", of which about {section.max_words:,} are drawn" if section.max_words else ""
+    print(f"input      {len(files)} file(s), {amount(size)}, {words:,} words{drawn}; {section.validation_fraction:.1%} of every domain is "
+          "for validation")
+    entries = len(tokenizer) if tokenizer is not None else config.tokenizer.vocab_size
+    print(f"tokenizer  {entries:,} entries, " + (f"from {config.tokenizer.path}" if tokenizer is not None else
+                                              f"trained here; pairs seen {config.tokenizer.min_frequency} times are merged"))
+    aside = config.fresh and target.is_dir() and any(target.iterdir())
+    print(f"folder     {target}: " + ("already holds this corpus, nothing to do" if done else
+                                   "what is there is moved aside (fresh)" if aside else "exists" if target.exists() else "new"))
+    if not done:
+        share = min(1.0, section.max_words / max(words, 1)) if section.max_words else 1.0
+        # All clean text, and the parts drawn from it; rarely are there more than two tokens to a word, each with a byte for its word mark.
+        needed = [("clean text", target, round(size * (1 + share))),
+                  ("token store", target, round(2 * words * share) * (3 if entries <= 2**16 else 5))]
+        require_space(needed, "free some space, or choose another --output")
+        print(f"disk       at most about {amount(sum(part for *_, part in needed))}; {amount(free_bytes(target))} free in "
+              f"{existing_parent(target)}")
+    print("dry run    all is well, and nothing was written; the same command without --dry_run makes the corpus", flush=True)
+
+
+def boundary_of(file: Path, section: CorpusSection) -> str:
+    """The boundary rule of a raw file: "heading", "blank" or "lines:N"."""
+    rule = section.boundaries.get(file.stem, section.boundaries.get("default", "auto"))
+    return find_boundary(file, section.chunk_lines) if rule == "auto" else rule
+
+
 # ---- From files to parts --------------------------------------------------------------------------------------------
 
 
@@ -159,9 +208,7 @@ class Domain:
 
 def clean(file: Path, scratch: Path, section: CorpusSection, rules: tuple[str, ...]) -> Domain:
     """Stream a raw file into `scratch` as clean documents."""
-    boundary = section.boundaries.get(file.stem, section.boundaries.get("default", "auto"))
-    if boundary == "auto":
-        boundary = find_boundary(file, section.chunk_lines)
+    boundary = boundary_of(file, section)
     cleaner, counts, rows, position = Cleaner(rules), Counter(), [], 0
     lines = decoded_lines(file, section.encoding_errors, counts)
     with open(scratch, "wb") as stream:

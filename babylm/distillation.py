@@ -412,7 +412,8 @@ class Distiller(nn.Module):
 
         Args:
             input_ids: [B, T] int64; no padding, so no attention mask.
-            cached: teacher states [B, T-1, width] by `state_key`, where they are read from a cache.
+            cached: teacher states [B, T-1, width] by `state_key`, where they are read from a cache; a teacher whose states are
+                given is not run.
         """
         loss, columns = self._compute(input_ids, cached, everything=False)
         return {"loss": loss, **{name: values.detach().mean() for name, values in columns.items()}}
@@ -474,8 +475,8 @@ class Distiller(nn.Module):
         found = []
         for number, teacher in enumerate(self.teachers):
             wanted = Teacher.wanted_states(self.section, teacher.entry, teacher.depth)
-            found.append(teacher.states(input_ids, wanted) if teacher.body is not None else
-                         {state: cached[state_key(number, state)] for state in wanted})
+            given = teacher.body is None or state_key(number, teacher.depth) in cached
+            found.append({state: cached[state_key(number, state)] for state in wanted} if given else teacher.states(input_ids, wanted))
         return found
 
     def _objective(self) -> losses.LogitObjective:

@@ -296,10 +296,15 @@ def fused_linear_distillation(states: torch.Tensor, head: Head, targets: torch.T
     if objective.w_kl and not teacher_states:
         raise ValueError("w_kl is positive but there is no teacher")
     entries = head.weight.shape[0] if head.weight is not None else states.shape[-1]
-    chunk = chunk or max(32, (2**24 if device == "cpu" else 2**27) // entries)
+    chunk = chunk or tokens_at_once(entries, device)
     work = _Work(objective, list(teacher_states), list(teacher_heads), weights, token_weights, chunk, compiled, dtype,
                  torch.is_grad_enabled())
     return FusedTerms(*_Fused.apply(states, head.weight, head.bias, targets, work))
+
+
+def tokens_at_once(entries: int, device: str) -> int:
+    """How many tokens' logits over a vocabulary the fused loss holds by default."""
+    return max(32, (2**24 if device == "cpu" else 2**27) // entries)
 
 
 def joint_states(states: list[torch.Tensor], weights: list[float]) -> torch.Tensor:

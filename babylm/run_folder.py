@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,44 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+# ---- Room on the disk ------------------------------------------------------------------------------------------------
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in [path, *path.resolve().parents] if parent.exists())
+
+
+def require_space(needed: Sequence[tuple[str, Path, int]], advice: str) -> None:
+    """UserError where files do not fit on their disks.
+
+    Args:
+        needed: (what, folder it goes to, bytes) of each kind of file; folders need not exist.
+        advice: what to do about it.
+    """
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for entry in needed:
+        disks.setdefault(existing_parent(entry[1]).stat().st_dev, []).append(entry)
+    for entries in disks.values():
+        total, folder = sum(size for _, _, size in entries), entries[0][1]
+        if total > (free := free_bytes(folder)):
+            parts = " + ".join(f"{what} {amount(size)}" for what, _, size in entries)
+            raise UserError(f"{amount(total)} are to be written ({parts}), but {amount(free)} are free for {folder}: {advice}")
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not exist."""
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def amount(size: float) -> str:
+    """A number of bytes for people: 812 B, 3.4 MB, 120 GB (powers of 1000)."""
+    power = 0
+    while size >= 999.5 and power < 4:
+        size, power = size / 1000, power + 1
+    return f"{size:.{int(size < 9.95 and power > 0)}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
+
+
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
@@ -143,34 +181,28 @@ class RunFolder:
                 `resume_path` is no whole checkpoint.
         """
         mine = {**identity(self.config), **{f"fingerprint.{name}": value for name, value in data.items()}}
-        recorded = self.run / "identity.json"
+        if self.config.dry_run:
+            return self._would_open(mine)
         requeued = self._requeued()
         if self.main:
             if self.config.fresh and self._holds_a_run() and not requeued:
                 print(f"fresh: moved the old {self.root} to {move_aside(self.root)}", flush=True)
-            if recorded.is_file():
-                if self.metrics.is_file() or self.checkpoints():  # else nothing was trained yet: it was refused, and then mended
-                    self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
-            elif self._holds_a_run():
-                raise UserError(f"{self.root} exists but is no run folder of this pipeline: choose another name=, "
-                                "or fresh=true to move it aside")
+            self._require_own(mine)
             if self.already_finished():
                 return None  # nothing will be run: its record and metrics stay as they are
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
                 _lock(self.run / "lock")
-                write_json(recorded, mine)
+                write_json(self.run / "identity.json", mine)
             except OSError as error:
-                raise UserError(f"cannot write to {self.root}: {error.strerror}; choose another output= or free some space") from error
+                raise self._unwritable(error.strerror) from error
             for stale in [*self.root.glob(".*.tmp"), *self.run.glob(".*.tmp")]:  # what a killed process was writing
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             write_text(self.run / "config.yaml", yaml.safe_dump(self.config.model_dump(), sort_keys=False))
             write_json(self.run / "record.json", {**self._record(mine, data), "requeued": requeued})
             self.set_status("pending")
         _opened.append(self)
-        checkpoint = self.newest_whole() if requeued else self.resume_point()
-        if checkpoint and (theirs := checkpoint.parent / "run" / "identity.json").is_file():
-            self._require_same(json.loads(theirs.read_text(encoding="utf-8")), mine)  # resume_path may lie in another run
+        checkpoint = self._own_resume_point(mine, again=requeued)
         if self.main:
             step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
             for newer in self.checkpoints():  # resume_path went back: what lay beyond it is made again, as its metrics are
@@ -190,6 +222,46 @@ class RunFolder:
         record = json.loads((self.run / "record.json").read_text(encoding="utf-8"))
         # The main process has written what it found before the others look.
         return record.get("job") == slurm_job() if self.main else record["requeued"]
+
+    def _would_open(self, mine: dict) -> Path | None:
+        """What `open` would return or raise, with the disk left alone."""
+        aside = self.config.fresh and self._holds_a_run()  # then all that is there counts for nothing
+        if not aside:
+            self._require_own(mine)
+            if self.already_finished():
+                return None
+            if (self.run / "lock").is_file():
+                _lock(self.run / "lock", keep=False)
+        existing = existing_parent(self.root)
+        if not os.access(existing, os.W_OK):
+            raise self._unwritable("Permission denied")
+        if not existing.is_dir():
+            raise self._unwritable(f"{existing} is a file")
+        return None if aside and not self.config.resume_path else self._own_resume_point(mine)
+
+    def _unwritable(self, reason: str | None) -> UserError:
+        return UserError(f"cannot write to {self.root}: {reason}; choose another output= or free some space")
+
+    def _require_own(self, mine: dict) -> None:
+        """UserError where the folder holds something else than this run."""
+        recorded = self.run / "identity.json"
+        if recorded.is_file():
+            if self.metrics.is_file() or self.checkpoints():  # else nothing was trained yet: it was refused, and then mended
+                self._require_same(json.loads(recorded.read_text(encoding="utf-8")), mine)
+        elif self._holds_a_run():
+            raise UserError(f"{self.root} exists but is no run folder of this pipeline: choose another name=, "
+                            "or fresh=true to move it aside")
+
+    def _own_resume_point(self, mine: dict, again: bool = False) -> Path | None:
+        """Where to continue, which must be of this run; `again`: a job's later start, for which `resume_path` was not meant."""
+        checkpoint = self.newest_whole() if again else self.resume_point()
+        if checkpoint and (theirs := checkpoint.parent / "run" / "identity.json").is_file():
+            self._require_same(json.loads(theirs.read_text(encoding="utf-8")), mine)  # resume_path may lie in another run
+        return checkpoint
+
+    def keep(self, name: str) -> Path | None:
+        """Folder run/<name> for what a stage keeps between its starts; None in a dry run, which keeps nothing."""
+        return None if self.config.dry_run else self.run / name
 
     def _require_same(self, theirs: dict, mine: dict) -> None:
         changed = differing(theirs, mine, type(self.config))
@@ -268,7 +340,7 @@ class RunFolder:
 
     def set_status(self, state: str, reason: str = "") -> None:
         """run/status.json: pending, running, preempted, done or failed. What a batch script looks at."""
-        if self.main and self.run.is_dir():
+        if self.main and self.run.is_dir() and not self.config.dry_run:
             write_status(self.root, state, reason, slurm_job())
 
     def install_final(self, write: Callable[[Path], None]) -> None:
@@ -373,8 +445,12 @@ class StopRequest:
 _locks: dict[Path, int] = {}  # file descriptors, held until this process ends, however it ends
 
 
-def _lock(path: Path) -> None:
-    """Refuse to start a run that another process is running: two would overwrite each other's checkpoints and metrics."""
+def _lock(path: Path, keep: bool = True) -> None:
+    """Refuse to start a run that another process is running: two would overwrite each other's checkpoints and metrics.
+
+    Args:
+        keep: False only looks whether the lock could be had.
+    """
     if path.resolve() in _locks:
         return
     lock = os.open(path, os.O_CREAT | os.O_RDWR)
@@ -383,7 +459,10 @@ def _lock(path: Path) -> None:
     except BlockingIOError:
         os.close(lock)
         raise UserError(f"{path.parent.parent} is being trained by another process: wait for it, or choose another name=") from None
-    _locks[path.resolve()] = lock
+    if keep:
+        _locks[path.resolve()] = lock
+    else:
+        os.close(lock)
 
 
 _opened: list[RunFolder] = []  # by this process: whose status.json has to be kept true if it ends early

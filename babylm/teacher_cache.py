@@ -37,15 +37,14 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from babylm import models, training
-from babylm.config import StudentConfig, TeacherEntry, UserError, content_hash, load, student_schema
+from babylm import models, plan, training
+from babylm.config import DRY_RUN, StudentConfig, TeacherEntry, UserError, content_hash, load, student_schema
 from babylm.distillation import Teacher, state_key
 from babylm.losses import Head
 from babylm.run_folder import Preempted, StopRequest, require_finished, run_stage, write_json
 from custom_dataset import tokenizer_fingerprint
 
 STORED = {"bf16": (torch.bfloat16, np.uint16), "fp16": (torch.float16, np.float16), "fp32": (torch.float32, np.float32)}
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # ---- What there is to store -----------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ class TeacherFolder:
         return self.folder(blocks) / f"state-{state}.bin"
 
     def block_bytes(self, blocks: Blocks, width: int) -> int:
-        return (blocks.key["seq_len"] - 1) * width * AUTOCAST[self.dtype].itemsize
+        return (blocks.key["seq_len"] - 1) * width * plan.AUTOCAST[self.dtype].itemsize
 
     def whole(self, blocks: Blocks, state: int, width: int) -> bool:
         file = self.file(blocks, state)
@@ -111,7 +110,7 @@ def teacher_folder(config: StudentConfig, entry: TeacherEntry, tokenizer_hash: s
 
 
 def main() -> None:
-    config, _ = load(student_schema, "configs/10M/student.yaml", __doc__)
+    config, _ = load(student_schema, "configs/10M/student.yaml", __doc__, flags=DRY_RUN)
     if not config.distillation.entries:
         raise UserError("distillation: the config has no teacher, so there is nothing to cache")
     device = training.start_process(config)
@@ -137,14 +136,16 @@ def main() -> None:
     print(f"cache      {total / 1e9:.2f} GB in all, {missing / 1e9:.2f} GB to be made in {folders[0].root.parent}", flush=True)
     if not missing:
         return
-    stop = StopRequest()
+    stop = None if config.dry_run else StopRequest()
     for entry, folder, (depth, width), states in zip(config.distillation.entries, folders, shapes, wanted, strict=True):
+        if config.dry_run:
+            if todo := [blocks for blocks in sequences if not all(folder.whole(blocks, state, width) for state in states)]:
+                _print_time(config, _load(config, entry, data, device), todo, states, device)
+            continue
         with _alone(folder.root, stop):
             if all(folder.whole(blocks, state, width) for blocks in sequences for state in states):
                 continue
-            teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
-            training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
-            teacher.to(device, config.distillation.offload_teacher)
+            teacher = _load(config, entry, data, device)
             folder.root.mkdir(exist_ok=True)
             save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
                       folder.root / ".head.tmp")
@@ -152,10 +153,32 @@ def main() -> None:
             write_json(folder.root / "meta.json", {"teacher": entry.path, "depth": depth, "width": width, **folder.key})
             per_device, _ = training.accumulation_steps(config, 1)
             for blocks in sequences:
-                todo = [state for state in states if not folder.whole(blocks, state, width)]
-                if todo:
-                    _capture(teacher, folder, blocks, todo, per_device, AUTOCAST[config.training.precision], device, stop)
-    print("cache      complete", flush=True)
+                absent = [state for state in states if not folder.whole(blocks, state, width)]
+                if absent:
+                    _capture(teacher, folder, blocks, absent, per_device, plan.AUTOCAST[config.training.precision], device, stop)
+    print("cache      complete" if not config.dry_run else "dry run    all is well, and nothing was written", flush=True)
+
+
+def _load(config: StudentConfig, entry: TeacherEntry, data: training.Data, device: torch.device) -> Teacher:
+    teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
+    training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
+    teacher.to(device, config.distillation.offload_teacher)
+    return teacher
+
+
+@torch.no_grad()
+def _print_time(config: StudentConfig, teacher: Teacher, todo: list[Blocks], states: list[int], device: torch.device) -> None:
+    """How long it takes to run a teacher over the blocks of `todo`, measured on a few."""
+    precision, left = plan.AUTOCAST[config.training.precision], sum(blocks.count for blocks in todo)
+
+    def capture(count: int) -> None:
+        ids = torch.stack([todo[0].read(block % todo[0].count) for block in range(count)]).to(device)
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            teacher.states(ids, states)
+
+    seconds, count = plan.per_sequence(capture, training.accumulation_steps(config, 1)[0], device)
+    print(f"cache      {teacher.entry.path}: about {plan.clock(left * seconds)} for {left:,} blocks (measured on {count} at once)",
+          flush=True)
 
 
 @contextmanager

@@ -33,10 +33,11 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from babylm import models, parallel, scoring
-from babylm.config import RunConfig, UserError, milestone_name
+from babylm.config import DRY_RUN, RunConfig, UserError
 from babylm.distillation import Distiller, trainable_parameters
 from babylm.ledger import word_ledger
 from babylm.model_card import model_card
+from babylm.plan import Plan, accumulation_steps, milestones_between
 from babylm.run_folder import (
     Preempted,
     RunFolder,
@@ -50,13 +51,8 @@ from babylm.run_folder import (
 )
 from custom_dataset import EvalBlocks, TextPart, TokenBlocks, open_store, tokenizer_fingerprint
 
-MILLION = 1_000_000
-# Revision names that the official evaluation loops over.
-OFFICIAL_MILESTONES = [n * MILLION for n in (*range(1, 11), *range(20, 101, 10), *range(200, 1001, 100))]
-EVALUATION_TOKENS = 344  # the longest item of the official evaluation (entity tracking)
-LEARNED_POSITIONS = ("gpt2", "moep")  # a vector per position: those beyond the training blocks are never trained
 PATIENCE = datetime.timedelta(hours=3)  # for processes that wait while process 0 scores a milestone; torch would give up after 10 minutes
-RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this checkpoint-<step> folder"}}
+RUN_FLAGS = {"--resume_path": {"key": "resume_path", "help": "resume from this checkpoint-<step> folder"}, **DRY_RUN}
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------
@@ -102,7 +98,7 @@ def open_folder(config: RunConfig, stage: str, data: dict[str, str]) -> RunFolde
         folder.resume_from = folder.open(data)
     if state.num_processes > 1:
         parallel.require_same_view(folder, data)
-    finished = read_finished(folder.root)
+    finished = None if config.dry_run and config.fresh else read_finished(folder.root)  # fresh: moved aside by now, or (dry run) not
     if finished:
         if state.is_main_process:
             print(f"{folder.root} is finished ({finished['steps']:,} steps, validation CE {finished['ce']:.4f}): "
@@ -140,11 +136,11 @@ class Data:
 def load_data(config: RunConfig) -> Data:
     """Open (or build) the token stores and lay out the training items of the whole run."""
     tokenizer = models.load_tokenizer(tokenizer_path(config))
-    section = config.data
-    train = TokenBlocks(open_store(section.corpus, "train", tokenizer), section.seq_len, config.seed,
+    section, write = config.data, not config.dry_run
+    train = TokenBlocks(open_store(section.corpus, "train", tokenizer, write=write), section.seq_len, config.seed,
                         random_chunk=section.random_chunk, offset_cycle=section.offset_cycle, offset_seed=section.offset_seed)
     train.items = total_steps(config, train) * config.training.batch_size
-    val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", tokenizer), section.seq_len, section.eval_blocks)
+    val = EvalBlocks(open_store(section.eval_path or section.corpus, "val", tokenizer, write=write), section.seq_len, section.eval_blocks)
     return Data(tokenizer, train, val)
 
 
@@ -157,39 +153,18 @@ def total_steps(config: RunConfig, train: TokenBlocks) -> int:
     return math.ceil(items / training.batch_size)
 
 
-def accumulation_steps(config: RunConfig, processes: int) -> tuple[int, int]:
-    """(sequences per device and micro-step, micro-steps per optimizer step). UserError where they do not multiply out."""
-    batch = config.training.batch_size
-    if batch % processes:
-        raise UserError(f"training.batch_size {batch} is not a multiple of the {processes} processes")
-    share = batch // processes
-    per_device = config.training.per_device_batch_size or share
-    if share % per_device:
-        raise UserError(f"training.batch_size {batch} on {processes} processes is {share} sequences each, which is not a multiple "
-                        f"of per_device_batch_size {per_device}")
-    return per_device, share // per_device
-
-
-def milestones_between(config: RunConfig, before: int, now: int) -> list[str]:
-    """Folder names of the milestones m with before < m <= now (words), ascending: none is skipped by a large step."""
-    section = config.checkpoints
-    words = {*section.extra_words, *(OFFICIAL_MILESTONES if section.milestones else [])}
-    if every := section.every_words:
-        words |= set(range((before // every + 1) * every, now + 1, every))
-    return [milestone_name(count) for count in sorted(words) if before < count <= now]
-
-
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller, device: torch.device) -> None:
-    """Train to the configured end (resuming where the folder says so), save the final model and close the run.
+    """Train to the configured end (resuming where the folder says so), save the final model and close the run; in a dry run, say
+    what that would take.
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 came; the state is saved.
         UserError: the loss or the weights became non-finite.
     """
-    stop = StopRequest()
+    stop = None if config.dry_run else StopRequest()
     state = PartialState()
     require_positions("student", distiller.student, config.data.seq_len)
     for teacher in distiller.teachers:
@@ -201,8 +176,8 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
         at_milestones.require_fits(sets, data.tokenizer, getattr(distiller.student.config, "max_position_embeddings", None))
     per_device, accumulation = accumulation_steps(config, state.num_processes)
     steps = len(data.train) // config.training.batch_size
-    if state.is_main_process:
-        _print_plan(config, data, distiller, steps, per_device, accumulation, state.num_processes, device)
+    plan = Plan(config, folder, data, distiller, steps, per_device, accumulation, device)
+    plan.print()
     save_memory(distiller, config.training.gradient_checkpointing)
     copied = None
     if config.training.fsdp and state.num_processes > 1:
@@ -213,6 +188,9 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
         distiller.shard(device)
     else:
         distiller.to_device(device)
+    plan.print_memory()
+    if config.dry_run:
+        return plan.rehearse()
     trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop, sets, copied)
     folder.set_status("running")
     trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)
@@ -237,44 +215,6 @@ def require_positions(role: str, model: torch.nn.Module, seq_len: int) -> None:
     if limit and seq_len > limit:
         raise UserError(f"data.seq_len {seq_len} exceeds the {limit} positions of the {role}: use shorter blocks, or a model with "
                         "more positions")
-
-
-def untrained_positions(model: torch.nn.Module, seq_len: int) -> int | None:
-    """The first learned position that blocks of `seq_len` never train, if the evaluation reads that far; else None."""
-    config = model.config
-    short = seq_len < min(EVALUATION_TOKENS, config.max_position_embeddings)
-    return seq_len + 1 if config.model_type in LEARNED_POSITIONS and short else None
-
-
-def _print_plan(config: RunConfig, data: Data, distiller: Distiller, steps: int, per_device: int, accumulation: int,
-                processes: int, device: torch.device) -> None:
-    training, seq_len = config.training, config.data.seq_len
-    batch, tokens = training.batch_size, training.batch_size * seq_len
-    epochs = len(data.train) / data.train.blocks_per_epoch
-    words = data.train.words_through(len(data.train))
-    trained = sum(p.numel() for _, p in trainable_parameters(distiller))
-    student_flops = 3 * models.forward_flops_per_token(distiller.student, seq_len)
-    teacher_flops = sum(teacher.flops_per_token(seq_len) for teacher in distiller.teachers)
-    cached = " (states from the cache)" if any(teacher.model is None for teacher in distiller.teachers) else ""
-    share = f", teaching {teacher_flops / (teacher_flops + student_flops):.0%} of it{cached}" if teacher_flops else ""
-    total = (student_flops + teacher_flops) * tokens * steps
-    print(f"model      {models.count_parameters(distiller.student):,} parameters, {trained:,} trained; "
-          f"{(student_flops + teacher_flops) / 1e6:,.1f} MFLOP per token{share}; {total:.2g} FLOP in all")
-    print(f"data       {data.train.store.meta['words']:,} words = {len(data.train.store):,} tokens = "
-          f"{data.train.blocks_per_epoch:,} blocks of {seq_len}; validation on {len(data.val):,} blocks")
-    print(f"batch      {batch} sequences = {processes} process(es) x {per_device} x {accumulation} accumulation; {tokens:,} tokens a step")
-    print(f"budget     {steps:,} steps = {epochs:.2f} epochs = {words:,} words seen")
-    if config.model.init == "random" and (untrained := untrained_positions(distiller.student, seq_len)):
-        print(f"warning    data.seq_len {seq_len}: the student's positions from {untrained} on stay random, but the official evaluation "
-              f"reads up to {EVALUATION_TOKENS} tokens at once")
-    if training.eval_tasks and not milestones_between(config, 0, words):
-        print(f"warning    training.eval_tasks: no milestone within {words:,} words, so nothing will be scored: "
-              "checkpoints.extra_words or every_words makes some")
-    if training.warmup_steps >= steps:
-        print(f"warning    training.warmup_steps {training.warmup_steps} >= {steps} steps: the peak learning rate is never used")
-    print(f"objective  {distiller.describe(seq_len)}")
-    compiled = ", compiled" if training.compile else ""
-    print(f"device     {device}, {training.precision}{compiled}, {torch.get_num_threads()} CPU threads", flush=True)
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from babylm.config import KLSection, RLConfig, UserError
 from babylm.run_folder import write_json
 from babylm.training import accumulation_steps
+from interactive.rehearsal import rehearse
 from interactive.rl_run import RLRun, load_state, save_state, tracked
 from interactive.rollout import (
     Batch,
@@ -175,12 +176,14 @@ class PPOTrainer:
             self._load(run.folder.resume_from)
         self.parallel = self.accelerator.prepare_model(self.policy) if processes > 1 else self.policy
         self.reference = body_and_head(run.reference, "reference")
-        if config.logging.trackers:
-            self.accelerator.init_trackers(config.name, config=tracked(config))
 
     def train(self) -> None:
         """Step after step until the budget is used up. Preempted where a signal asked for it; UserError where a step fails."""
         run = self.run
+        if self.config.dry_run:
+            return rehearse(run, self.policy.model, self.policy, self._first_loss)
+        if self.config.logging.trackers:
+            self.accelerator.init_trackers(self.config.name, config=tracked(self.config))
         run.start(self.policy.model)
         while not run.done:
             samples = self.rollout()
@@ -190,6 +193,10 @@ class PPOTrainer:
                 self.accelerator.log(last, step=run.step)
             run.save_or_stop(self._save)
         run.finish(self.policy.model)
+
+    def _first_loss(self, batch: Batch) -> torch.Tensor:
+        logprobs, values, _ = self.policy(batch, self.config.generation.temperature, bool(self.config.ppo.entropy_coefficient))
+        return logprobs.mean() + values.mean()
 
     # -- completions
 

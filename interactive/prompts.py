@@ -84,7 +84,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def load_prompts(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, corpus: str, seed: int,
-                 cache_dir: str | Path | None = None) -> Prompts:
+                 cache_dir: str | Path | None = None, write: bool = True) -> Prompts:
     """The prompts that a config asks for; the same arguments give the same prompts.
 
     Args:
@@ -93,13 +93,14 @@ def load_prompts(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, co
         corpus: folder written by stage 1 (source: corpus).
         seed: draws the texts, the length of each cut, and the order of `Prompts.batch`.
         cache_dir: where prompts of a data set are kept, so that it is fetched once; None keeps nothing.
+        write: False only reads what is kept there.
 
     Raises:
         UserError: a file or data set is missing, cannot be reached or lacks its column, or no text becomes a prompt.
         DataError: the corpus has no validation part.
     """
     if section.from_dataset:
-        return _from_dataset(section, tokenizer, seed, cache_dir)
+        return _from_dataset(section, tokenizer, seed, cache_dir, write)
     if section.source == "corpus":
         return _from_corpus(section, tokenizer, corpus, seed)
     if section.source == "fixed":
@@ -262,7 +263,8 @@ def _read_file(path: Path, column: str) -> list[Any]:
 # ---- Data sets ------------------------------------------------------------------------------------------------------
 
 
-def _from_dataset(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, seed: int, cache_dir: str | Path | None) -> Prompts:
+def _from_dataset(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, seed: int, cache_dir: str | Path | None,
+                  write: bool) -> Prompts:
     default, column = DATASETS[section.source]
     name, column = section.dataset or default, section.column or column
     local = Path(name).is_dir()
@@ -277,7 +279,7 @@ def _from_dataset(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, s
             return Prompts(**values)
         print(f"{cache} is damaged or stale: making it again", flush=True)
     prompts = _collect(_rows(section, name, column, seed), section, tokenizer, seed, source)
-    if cache:
+    if cache and write:
         values = {name: getattr(prompts, name) for name in Prompts.__dataclass_fields__}
         try:
             write_json(cache, {"key": what, "hash": _values_hash(values), "prompts": values})

@@ -52,7 +52,7 @@ def load_inputs(config: RLConfig) -> Inputs:
     training.milestone_sets(config)  # mistakes in it are said before anything is fetched
     tokenizer = models.load_tokenizer(config.model.path)
     return Inputs(tokenizer, load_prompts(config.prompts, tokenizer, config.data.corpus, config.seed,
-                                          Path(config.data.corpus) / "prompts_cache"))
+                                          Path(config.data.corpus) / "prompts_cache", write=not config.dry_run))
 
 
 def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
@@ -66,7 +66,8 @@ def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
 def load_validation(config: RLConfig, inputs: Inputs) -> EvalBlocks:
     """The fixed validation blocks, in the policy's own tokens."""
     section = config.data
-    return EvalBlocks(open_store(section.eval_path or section.corpus, "val", inputs.tokenizer), section.seq_len, section.eval_blocks)
+    store = open_store(section.eval_path or section.corpus, "val", inputs.tokenizer, write=not config.dry_run)
+    return EvalBlocks(store, section.seq_len, section.eval_blocks)
 
 
 @dataclass
@@ -103,11 +104,12 @@ class RLRun:
             from eval import at_milestones
 
             at_milestones.require_fits(self.sets, self.tokenizer, getattr(reference.config, "max_position_embeddings", None))
-        self.stop, self.state = StopRequest(), PartialState()
+        self.stop, self.state = None if config.dry_run else StopRequest(), PartialState()
         self.progress = Progress()
         if folder.resume_from:
             self.progress = Progress(**json.loads((folder.resume_from / "progress.json").read_text(encoding="utf-8")))
-            self._forget_samples_after(self.step)
+            if not config.dry_run:
+                self._forget_samples_after(self.step)
         self.ledger = rl_ledger(config, tokenizer_fingerprint(self.tokenizer))
         limit = getattr(reference.config, "max_position_embeddings", None)
         longest = 1 + self.prompts.longest + config.generation.max_new_tokens  # the start token is the first
@@ -191,7 +193,7 @@ class RLRun:
         self._began = time.monotonic()
         self._window_began = self._began - self.progress.window_seconds
         self.folder.set_status("running")
-        self._print_plan(model)
+        self.print_plan(model)
         if self.stop:
             raise Preempted(f"{self.stop.signal_name} before the first step; the same command starts again")
         if self.step == 0:
@@ -419,7 +421,8 @@ class RLRun:
         if self.folder.main:
             print(line, file=sys.stdout, flush=True)
 
-    def _print_plan(self, model: PreTrainedModel) -> None:
+    def print_plan(self, model: PreTrainedModel) -> None:
+        """What the run will be."""
         config = self.config
         budget = config.training
         self.say(f"model      {models.count_parameters(model):,} parameters, from {config.model.path}")
@@ -430,7 +433,7 @@ class RLRun:
                  f"{self.state.num_processes} process(es) x {per_device} x {accumulation} accumulation")
         self.say("budget     " + (f"{budget.words:,} words generated" if budget.words else f"{budget.steps:,} steps"))
         self.say(f"device     {self.device}, {budget.precision}, {torch.get_num_threads()} CPU threads")
-        if self.folder.resume_from:
+        if self.folder.resume_from and not config.dry_run:
             self.say(f"resuming from {self.folder.resume_from}")
 
 

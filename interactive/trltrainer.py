@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from babylm.config import RLConfig, UserError
 from babylm.training import accumulation_steps
+from interactive.rehearsal import rehearse
 from interactive.rl_run import RLRun, load_state, save_state, tracked
 from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of, switch_off_dropout
 
@@ -47,6 +48,11 @@ def train(config: RLConfig, run: RLRun, model: PreTrainedModel) -> None:
         UserError: trl is not installed, batches do not divide, or a step failed.
     """
     require_trl(config.algorithm)
+    if config.dry_run:
+        if config.algorithm == "dpo":
+            pairs_per_device(config, run.state.num_processes)
+        switch_off_dropout(model)
+        return rehearse(run, model)
     with warnings.catch_warnings():
         # TRL and the Trainer warn of names of their own.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from test_moep_terms import ROUTERS, balance_by_hand, outputs
 
-from babylm import models, training
+from babylm import models, plan, training
 from babylm.config import ModelSection, MoEPModelSection, MoEPStudentConfig, StudentConfig, UserError, check, identity, student_schema
 from babylm.distillation import Teacher
 from custom_dataset import EvalBlocks, open_store
@@ -386,7 +386,7 @@ def test_the_yaml_of_the_other_stage_is_told_its_script(home, in_process, capsys
     (ModelSection(width=16, heads=2, layers=1, architecture="gptj"), 128, None),
 ], ids=str)
 def test_positions_that_blocks_never_reach_but_the_evaluation_reads(section, seq_len, first, tokenizer):
-    assert training.untrained_positions(models.build_model(section, tokenizer, 0), seq_len) == first
+    assert plan.untrained_positions(models.build_model(section, tokenizer, 0), seq_len) == first
 
 
 PLAIN = "layers: 1, width: 16, heads: 2"

@@ -1,0 +1,143 @@
+"""The dry run of stage 6: what a run would be, and how long it would take, by a few completions of the real thing."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from babylm import models, plan
+from babylm.config import RLConfig
+from babylm.run_folder import amount
+from interactive import reward
+from interactive.judge import ServerJudge
+from interactive.rl_run import RLRun
+from interactive.rollout import (
+    Batch,
+    Sample,
+    body_and_head,
+    collate,
+    completion_logprobs,
+    completion_states,
+    sample,
+    seeds_of,
+    token_logprobs,
+)
+
+Learn = Callable[[Batch], torch.Tensor]
+
+
+def rehearse(run: RLRun, model: PreTrainedModel, trained: torch.nn.Module | None = None, learn: Learn | None = None) -> None:
+    """Write, reward, read and learn from a few completions; print the plan, the memory, the time, the disk. No file is written, the
+    weights are left as they are, and a judge on a server is asked nothing beyond the one question that opens it.
+
+    Args:
+        model: the policy, on the run's device.
+        trained: all that the optimizer changes; default: the policy.
+        learn: makes of a batch of completions a scalar whose gradient costs what the algorithm's does; default: of their
+            log-probabilities.
+
+    Raises:
+        UserError: what is to be written does not fit on the disk.
+    """
+    config, trained, processes = run.config, trained or model, run.state.num_processes
+    per_device, _ = plan.accumulation_steps(config, processes)
+    learn = learn or _of_logprobs(model, config.generation.temperature)
+    run.print_plan(model)
+    weights = list(trained.parameters())
+    frozen = [part for each in [run.reference, *(one for r in run.rewards for one in models_of(r))] for part in each.parameters()]
+    trained_bytes = plan.storage_bytes(iter(weights))
+
+    rewards = [r for r in run.rewards if not isinstance(getattr(getattr(r, "judge", None), "backend", None), ServerJudge)]
+    prompts, held, every = run.prompts.batch(0, per_device), [], []
+
+    def write(count: int) -> None:
+        with _autocast(run):
+            held[:] = sample(model, run.tokenizer, prompts[:count], seeds_of(config.seed, len(every), range(count)),
+                             max_new_tokens=config.generation.max_new_tokens, temperature=config.generation.temperature)
+        every.extend(held)
+        reward.combine(rewards, [s.prompt for s in held], [s.completion for s in held],
+                       completion_ids=[s.completion_ids for s in held], prompt_ids=[s.prompt_ids for s in held])
+
+    def read(count: int) -> None:
+        with _autocast(run):
+            completion_logprobs(body_and_head(run.reference, "reference"), _first(held, count), temperature=config.generation.temperature)
+
+    def forward(count: int) -> torch.Tensor:
+        with _autocast(run):
+            return learn(collate(_first(held, count), run.device))
+
+    writing, at_once = plan.per_sequence(write, per_device, run.device)
+    reading, _ = plan.per_sequence(read, at_once, run.device)
+    activations = plan.saved_by(lambda: forward(at_once), [*weights, *frozen, *trained.buffers()]) * per_device // at_once
+    learning, _ = plan.per_sequence(lambda count: forward(count).backward(), at_once, run.device)
+    optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)
+    optimizer.step()  # its moments are made in the first one
+    update = plan.seconds(optimizer.step, run.device)
+
+    completions, passes, times, updates = shape_of_step(config)
+    step = completions / processes * (writing + passes * reading + times * learning) + updates * update
+    words, tokens = (sum(values) / len(every) for values in ([s.words for s in every], [len(s.completion_ids) for s in every]))
+    steps = _steps_left(run, completions, words)
+    in_all = config.training.words or round(run.progress.words + (steps or 0) * completions * words)
+    run.say(f"memory     {amount(4 * trained_bytes + plan.storage_bytes(iter(frozen)) + activations)} = weights {amount(trained_bytes)} + "
+            f"gradients {amount(trained_bytes)} + Adam {amount(2 * trained_bytes)} + reference and rewards "
+            f"{amount(plan.storage_bytes(iter(frozen)))} + activations and logits {amount(activations)} ({per_device} completions at once, "
+            f"of {tokens:.0f} tokens as measured)")
+    run.say(f"step       {completions:,} completions x (writing and rewards {writing:.2g} s + {passes} reading(s) {reading:.2g} s + "
+            f"{times} learning(s) {learning:.2g} s) + {updates} optimizer step(s) {update:.2g} s = {step:.3g} s; measured on {at_once} at "
+            f"a time, of {tokens:.1f} tokens and {words:.1f} words")
+    without = "a judge's answers, " * (len(rewards) < len(run.rewards)) + "validation and saving not counted"
+    run.say(f"time       about {plan.clock(steps * step)} on {processes} process(es) = {steps:,} steps, {in_all:,} words generated as long "
+            f"as they stay so long; {without}" if steps is not None else
+            f"time       no estimate: a budget of {config.training.words:,} words, but the completions that were measured have none")
+
+    size = 4 * models.count_parameters(model)
+    milestones = len(plan.milestones_between(config, run.progress.words, in_all))
+    there = len(run.folder.checkpoints()) if run.folder.resume_from else 0
+    resume = max(0, config.checkpoints.keep + 1 - there)  # one more while it is written
+    needed = [(f"{milestones} milestone(s)", run.folder.root, milestones * size),
+              (f"{resume} resume checkpoint(s)", run.folder.root, resume * 3 * trained_bytes), ("final model", run.folder.root, size)]
+    run.say(f"disk       {plan.disk(needed, run.folder)}")
+    run.say(f"folder     {plan.describe_folder(run.folder, run.step)}")
+    run.say(f"used       {plan.peak_memory(run.device)}")
+    plan.say_nothing_written(run.folder)
+
+
+def shape_of_step(config: RLConfig) -> tuple[int, int, int, int]:
+    """(completions, passes that only read each of them, times that each is learned from, optimizer steps) of one step of the run."""
+    size, section = config.training.batch_size, getattr(config, config.algorithm)
+    if config.algorithm == "ppo":  # read by policy and reference
+        return size, 2, section.epochs, section.epochs * section.minibatches
+    if config.algorithm == "dpo":  # two completions to a pair
+        return 2 * section.prompts_per_round, 2, section.epochs, section.epochs * math.ceil(2 * section.prompts_per_round / size)
+    return size, 1 + (section.epochs > 1), section.epochs, section.epochs
+
+
+def models_of(one: Any) -> list[torch.nn.Module]:
+    """The models that a reward runs in this process."""
+    holders = [getattr(one, name, None) for name in ("teacher", "reference", "scorer")]
+    holders.append(getattr(getattr(one, "judge", None), "backend", None))
+    return [model for holder in holders if isinstance(model := getattr(holder, "model", None), torch.nn.Module)]
+
+
+def _of_logprobs(model: PreTrainedModel, temperature: float) -> Learn:
+    body, head = body_and_head(model, "policy")
+    return lambda batch: token_logprobs(head(completion_states(body, batch)).float() / temperature, batch.targets[batch.mask]).mean()
+
+
+def _first(samples: list[Sample], count: int) -> list[Sample]:
+    """`count` samples, again from the first where there are fewer."""
+    return [samples[number % len(samples)] for number in range(count)]
+
+
+def _autocast(run: RLRun) -> torch.autocast:
+    return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.config.training.precision == "bf16")
+
+
+def _steps_left(run: RLRun, completions: int, words: float) -> int | None:
+    budget = run.config.training
+    if budget.steps:
+        return budget.steps - run.step
+    return math.ceil(max(0, budget.words - run.progress.words) / (completions * words)) if words else None
