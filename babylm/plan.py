@@ -294,14 +294,16 @@ class Plan:
         here, other = (found.get(on) for on in (training.gradient_checkpointing, not training.gradient_checkpointing))
         weights = storage_bytes([*distiller.parameters(), *distiller.buffers()])
         trained = storage_bytes([parameter for _, parameter in trainable_parameters(distiller)])
-        teachers = storage_bytes(teacher_tensors(distiller))
+        teachers, elsewhere = (storage_bytes(part for part in teacher_tensors(distiller) if (part.device.type == self.device.type) is on_it)
+                               for on_it in (True, False))  # elsewhere: distillation.offload_teacher
         logits = self._logit_bytes()
         total = weights + 3 * trained + teachers + here.peak + logits
         alternative = f"; {amount(other.peak)} with{'out' * training.gradient_checkpointing} gradient_checkpointing" if other else ""
         each = " in each process" if self.processes > 1 else ""
         self.say("memory", f"{amount(total)}{each} = weights {amount(weights)} + gradients {amount(trained)} + Adam {amount(2 * trained)}"
                  + (f" + teacher {amount(teachers)}" if teachers else "") + f" + logits {amount(logits)} + activations {amount(here.peak)} "
-                 f"({self.per_device} x {self.config.data.seq_len} tokens at once{', before compilation' * training.compile}{alternative})")
+                 f"({self.per_device} x {self.config.data.seq_len} tokens at once{', before compilation' * training.compile}{alternative})"
+                 + (f"; {amount(elsewhere)} of teachers wait in host memory" if elsewhere else ""))
 
     def _logit_bytes(self) -> int:
         """What the fused loss holds of the student's and the teachers' logits at a time; whole ones count as activations."""
