@@ -145,7 +145,6 @@ def main() -> None:
             teacher = Teacher.from_model(models.load_teacher(entry.path, data.tokenizer), entry)
             training.require_positions(f"teacher {entry.path}", teacher.model, config.data.seq_len)
             teacher.to(device, config.distillation.offload_teacher)
-            folder.root.mkdir(exist_ok=True)
             save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
                       folder.root / ".head.tmp")
             os.replace(folder.root / ".head.tmp", folder.root / "head.safetensors")
@@ -161,8 +160,8 @@ def main() -> None:
 @contextmanager
 def _alone(folder: Path, stop: StopRequest) -> Iterator[None]:
     """Hold the lock of a teacher's folder; wait for it as long as another process captures, or until a signal asks to stop."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, waiting = FileLock(f"{folder}.lock"), False
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, waiting = FileLock(folder / "lock"), False
     while not lock.is_locked:
         try:
             lock.acquire(timeout=1 if waiting else 0)
