@@ -146,7 +146,6 @@ def main() -> None:
             if all(folder.whole(blocks, state, width) for blocks in sequences for state in states):
                 continue
             teacher = _load(config, entry, data, device)
-            folder.root.mkdir(exist_ok=True)
             save_file({name: part.detach().cpu().contiguous() for name, part in teacher.head._asdict().items() if part is not None},
                       folder.root / ".head.tmp")
             os.replace(folder.root / ".head.tmp", folder.root / "head.safetensors")
@@ -184,8 +183,8 @@ def _print_time(config: StudentConfig, teacher: Teacher, todo: list[Blocks], sta
 @contextmanager
 def _alone(folder: Path, stop: StopRequest) -> Iterator[None]:
     """Hold the lock of a teacher's folder; wait for it as long as another process captures, or until a signal asks to stop."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, waiting = FileLock(f"{folder}.lock"), False
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, waiting = FileLock(folder / "lock"), False
     while not lock.is_locked:
         try:
             lock.acquire(timeout=1 if waiting else 0)

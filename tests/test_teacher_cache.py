@@ -459,8 +459,8 @@ def test_a_process_that_waits_for_anothers_capture_can_be_stopped(tmp_path):
     class Stop:
         signal_name = "SIGTERM"
 
-    with FileLock(f"{tmp_path / 'teacher'}.lock"), pytest.raises(Preempted, match="SIGTERM while another process captured"):
-        with teacher_cache._alone(tmp_path / "teacher", Stop()):
+    with FileLock(tmp_path / "lock"), pytest.raises(Preempted, match="SIGTERM while another process captured"):
+        with teacher_cache._alone(tmp_path, Stop()):
             pass
 
 
