@@ -47,10 +47,14 @@ def pytest_collection(session):
     return result
 
 
+# Those that take longest, in this order: begun last, one would keep one of two processes busy while the other has nothing left to do.
+BEGUN_FIRST = ("readme", "training", "slurm", "resume", "sweeps", "processes", "teacher_cache", "chat", "eval_zero_shot", "benchmarks")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first: begun last, it would keep one of two processes busy while the other has nothing left to do (with
-    --no-loadscope-reorder; pytest-xdist goes by the number of tests otherwise)."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest files first (with --no-loadscope-reorder; pytest-xdist goes by the number of tests otherwise)."""
+    place = {f"test_{name}.py": number for number, name in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def write_yaml_file(path, values):

@@ -116,7 +116,7 @@ def test_readme_command_runs(project, command, warm_python):
     folder, _ = project
     warm = {"PATH": f"{warm_python.parent}:{os.environ['PATH']}", "PYTHON": str(warm_python)}
     if "--download" in command:  # there is no hub here: it has to say so
-        done = run(folder, small(command), HF_ENDPOINT="http://127.0.0.1:9")  # read when its client is imported
+        done = run(folder, small(command), **warm, HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 1 and "could not download" in done.stderr
         return
     done = run(folder, small(command), **({} if command == "bash test.sh" else warm))

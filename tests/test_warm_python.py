@@ -35,8 +35,10 @@ def test_errors_end_it_with_a_traceback_or_their_message(warm_python):
 
 
 def test_variables_that_libraries_read_when_they_are_loaded_start_a_cold_one(warm_python):
-    program = "import os, sys; print(os.environ.get('HF_HOME'), 'torch' in sys.modules)"
-    assert call(warm_python, "-c", program, env={**os.environ, "HF_HOME": "/x"}).stdout == "/x False\n"
+    program = "import os, sys; print(os.environ.get('HF_MODULES_CACHE'), 'torch' in sys.modules)"
+    assert call(warm_python, "-c", program, env={**os.environ, "HF_MODULES_CACHE": "/x"}).stdout == "/x False\n"
+    program = "import sys; warm = 'torch' in sys.modules; from huggingface_hub import constants; print(constants.HF_HUB_CACHE, warm)"
+    assert call(warm_python, "-c", program, env={**os.environ, "HF_HOME": "/x"}).stdout == "/x/hub True\n"
     assert call(warm_python, "-I", "-c", "import sys; print(sys.flags.isolated, 'torch' in sys.modules)").stdout == "1 False\n"
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 
 READ_WHEN_LOADED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "CUDA_", "PYTHONHASHSEED", "PYTHONHOME", "PYTHONOPTIMIZE",
                     "PYTHONWARNINGS")  # beginnings of variables
+FOLLOWED = {"HF_HOME", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_ENDPOINT"}  # by `run`
 
 
 def read_when_loaded(environment) -> dict[str, str]:
     """The variables that a process which has loaded its libraries can no longer follow."""
-    return {name: value for name, value in environment.items() if name.startswith(READ_WHEN_LOADED)}
+    return {name: value for name, value in environment.items() if name.startswith(READ_WHEN_LOADED) and name not in FOLLOWED}
 
 
 # ---- The executable: only the standard library, so that it starts in 30 ms -----------------------------------------------
@@ -54,7 +55,8 @@ def become(interpreter: str, place: str, arguments: list[str]) -> None:
 
 def start(folder: Path) -> tuple[Path, int]:
     """Fork the server; write `folder`/python, which uses it. The server ends with the process that started it."""
-    import accelerate.state  # noqa: F401 - `run` needs it
+    import accelerate.state  # noqa: F401 - `run` needs them
+    import huggingface_hub.constants  # noqa: F401
 
     place, executable = folder / "socket", folder / "python"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -81,18 +83,20 @@ def serve(listener: socket.socket, parent: int, executable: str) -> None:
     os.closerange(kept + 1, 4096)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
+    running = 0
     while os.getppid() == parent:
+        while running and os.waitpid(-1, os.WNOHANG)[0]:  # so that their CPU time counts as the tests'
+            running -= 1
         if not select.select([listener], [], [], 1)[0]:
             continue
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             try:
                 supervise(connection, executable)
             finally:
                 os._exit(70)
+        running += 1
         connection.close()
 
 
@@ -117,12 +121,14 @@ def supervise(connection: socket.socket, executable: str) -> None:
 def run(request: dict, streams: list[int], executable: str) -> None:
     """Become the script: as the interpreter would run it, and never return."""
     import gc
+    import importlib
     import logging
     import runpy
     import traceback
     import warnings
 
     from accelerate.state import AcceleratorState
+    from huggingface_hub import constants
 
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -131,6 +137,7 @@ def run(request: dict, streams: list[int], executable: str) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    importlib.reload(constants)  # the hub's client and transformers look there for every setting of theirs
     what, *rest = request["arguments"]
     sys.executable = executable
     sys.path[:0] = [str(Path(what).parent.resolve()) if what not in ("-m", "-c") else os.getcwd(),
