@@ -76,6 +76,7 @@ def small(command: str) -> list[str]:
         words += [*TINY, f"name={'-'.join(re.findall(r'[a-z]+', text))}"]
         words += ["distillation.teacher=models/demo-s9/teacher"] if re.search("student|teacher_cache", text) else []
         words += ["model.layers=3", "model.parallel_width=8", "model.parallel_heads=2"] if "train_moep" in text else []
+        words += ["training.batch_size=64", "training.per_device_batch_size=64"] if "teacher_cache" in text else []
     if "combine_babylm.py --input" in text:
         words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
     if "interactive.chat" in text:
