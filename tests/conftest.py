@@ -8,32 +8,54 @@ os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLE
 import functools
 import gc
 import importlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from accelerate.state import AcceleratorState
 
-import combine_babylm
-from babylm import models, run_folder
-from babylm.config import ModelSection
-from babylm.demo_corpus import write_corpus
-from babylm.run_folder import run_stage
+# torch, transformers and what imports them are imported where they are used: the process of pytest-xdist that hands out the
+# tests reads this file too, and the others begin after it.
 
-ROOT = Path(combine_babylm.__file__).parent
-torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+WARM = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The imports of all test files make a million objects that live as long as the process: no garbage is looked for meanwhile,
+    nor among them ever after. What is imported then is what warm_python begins with."""
+    gc.disable()
+    try:
+        result = yield
+    finally:
+        gc.enable()
+        gc.freeze()
+    if session.items:
+        import torch
+        import warm_python
+
+        torch.set_num_threads(1)
+        folder = tempfile.mkdtemp(prefix="warm-")  # short: the path of a socket has at most 107 characters
+        session.config.stash[WARM], server = warm_python.start(Path(folder))
+        session.config.add_cleanup(lambda: (os.kill(server, signal.SIGKILL), os.waitpid(server, 0), shutil.rmtree(folder)))
+    return result
+
+
+# Those that take longest, in this order: begun last, one would keep one of two processes busy while the other has nothing left to do.
+BEGUN_FIRST = ("readme", "training", "slurm", "resume", "sweeps", "processes", "teacher_cache", "chat", "eval_zero_shot", "benchmarks")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first: begun last, it would keep one of two processes busy while the other has nothing left to do (with
-    --no-loadscope-reorder; pytest-xdist goes by the number of tests otherwise)."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest files first (with --no-loadscope-reorder; pytest-xdist goes by the number of tests otherwise)."""
+    place = {f"test_{name}.py": number for number, name in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def write_yaml_file(path, values):
@@ -46,6 +68,8 @@ def write_yaml_file(path, values):
 
 def run_stage_1(config, *overrides):
     """Run stage 1 in this process, as `python combine_babylm.py --config <config> <overrides>` would; errors are raised."""
+    import combine_babylm
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["combine_babylm.py", "--config", str(config), *map(str, overrides)])
         combine_babylm.main()
@@ -61,6 +85,13 @@ def write_yaml():
 def stage1():
     """stage1(config, "key=value", ...) runs stage 1 in this process."""
     return run_stage_1
+
+
+@pytest.fixture(scope="session")
+def warm_python(pytestconfig):
+    """Path of a `python` that starts scripts and modules with everything imported: see warm_python.py. For processes whose start,
+    and whose end by a signal, are not what is tested."""
+    return pytestconfig.stash[WARM]
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +115,8 @@ def in_process():
     Errors are raised; `as_script=True` turns them into a message and an exit code, as the script does.
     """
 
+    from babylm import run_folder
+
     def run(script, *args, as_script=False):
         main = importlib.import_module(script).main
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -91,7 +124,7 @@ def in_process():
             patch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
             patch.setattr(run_folder, "_opened", [])
             try:
-                run_stage(main) if as_script else main()
+                run_folder.run_stage(main) if as_script else main()
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -102,6 +135,8 @@ def in_process():
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
     """Folder of the six raw `<domain>.train` files of a demo corpus of about 20,000 words. Read only."""
+    from babylm.demo_corpus import write_corpus
+
     folder = tmp_path_factory.mktemp("demo") / "raw"
     write_corpus(folder, words=20_000, seed=1)
     return folder
@@ -122,6 +157,8 @@ def corpus(raw):
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
     """The tokenizer of `corpus`, loaded."""
+    from babylm import models
+
     return models.load_tokenizer(corpus / "tokenizer")
 
 
@@ -144,6 +181,11 @@ TEACHERS = {"gpt2": {"layers": 3, "width": 24, "heads": 2}, "llama": {"architect
 def teachers(tokenizer, tmp_path_factory):
     """teachers("gpt2", "llama", "gptj") -> folders of plain checkpoints with random weights, large enough to teach something;
     "adapter" is one of peft on a base that is a copy of gpt2. Read only."""
+    import torch
+
+    from babylm import models
+    from babylm.config import ModelSection
+
     folder = tmp_path_factory.mktemp("teachers")
 
     def model(name):
@@ -200,6 +242,8 @@ def shared():
 def in_child(tmp_path):
     """in_child(function) -> CompletedProcess: call it in a forked process, as a script would (exit code, stdout, stderr)."""
 
+    from babylm.run_folder import run_stage
+
     def call(function):
         out, err = tmp_path / "child.out", tmp_path / "child.err"
         sys.stdout.flush()
@@ -235,6 +279,9 @@ def on_processes(tmp_path):
     `before(rank)` is called in each of them first, to change what it does. All must end with the same exit code, one of `codes`.
     Returns what each printed.
     """
+    from accelerate.state import AcceleratorState
+
+    from babylm import run_folder
 
     def call(count, script, *args, before=None, codes=(0,)):
         with socket.socket() as free:
@@ -259,7 +306,7 @@ def on_processes(tmp_path):
                         try:
                             if before:
                                 before(rank)
-                            run_stage(importlib.import_module(script).main)
+                            run_folder.run_stage(importlib.import_module(script).main)
                             code = 0
                         except SystemExit as end:
                             code = end.code

@@ -116,7 +116,8 @@ def test_moep_stops_where_the_ways_differ(quick, monkeypatch, path):
         quick(moep)
 
 
-def test_run(quick):
+def test_run(quick, monkeypatch, warm_python):
+    monkeypatch.setattr(sys, "executable", str(warm_python))
     result, said = quick(run)
     assert [row["way"] for row in result["ways"]] == ["CE baseline", "student, online", "student, cached"]
     baseline, online, cached = result["ways"]

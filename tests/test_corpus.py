@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -578,13 +577,16 @@ class StubHub(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def download(tmp_path):
-    """download(endpoint) fetches org/tiny into <tmp>/raw in a process of its own: (what happened, that folder)."""
+def download(tmp_path, warm_python):
+    """download(endpoint) fetches org/tiny into <tmp>/raw in a process of its own: (what happened, that folder). The hub's client waits
+    a fiftieth of its time between its attempts."""
     program = """
-import sys
+import sys, time
 from pathlib import Path
 from babylm import hub
 from babylm.config import DownloadSection, UserError
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(seconds / 50)
 try:
     hub.download_corpus(DownloadSection(strict_small="org/tiny"), "strict-small", Path(sys.argv[1]))
 except UserError as error:
@@ -593,7 +595,7 @@ except UserError as error:
 
     def run(endpoint):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        return subprocess.run([sys.executable, "-c", program, str(tmp_path / "raw")], cwd=ROOT, env=environment, text=True,
+        return subprocess.run([warm_python, "-c", program, str(tmp_path / "raw")], cwd=ROOT, env=environment, text=True,
                               capture_output=True, timeout=120), tmp_path / "raw"
 
     return run

@@ -453,12 +453,12 @@ def test_reading_of_other_data_is_refused(reading, call, tmp_path):
 # ---- The command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line(model, tmp_path):
+def test_the_command_line(model, tmp_path, warm_python):
     a, b = (model(name, {"blimp/x": answers(right)}) for name, right in (("A", [1, 0] * 50), ("B", [1, 1] * 50)))
     done = subprocess.run([sys.executable, "-m", "eval.compare", str(a), str(b)], cwd=ROOT, capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "A = A, B = B (main, causal" in done.stdout and "B is better" in done.stdout and "train several seeds" in done.stdout
-    failed = subprocess.run([sys.executable, "-m", "eval.compare", str(a), str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True,
+    failed = subprocess.run([warm_python, "-m", "eval.compare", str(a), str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True,
                             check=False)
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr

@@ -122,12 +122,13 @@ def call(monkeypatch, *arguments):
 # ---- The whole way ----------------------------------------------------------------------------------------------------
 
 
-def test_every_revision_is_scored_as_itself_and_the_results_are_ours(trained, data, tmp_path, monkeypatch, capsys):
+def test_every_revision_is_scored_as_itself_and_the_results_are_ours(trained, data, tmp_path, monkeypatch, capsys, warm_python):
     """The stand-in loads local/tiny from the hub cache, in a process of its own; ours come from the folders."""
     clone = Path(shutil.copytree(STANDIN, tmp_path / "pipeline"))
     ours = score_ours(trained, tmp_path / "results")
     wrong_home = tmp_path / "other-hub"  # a user's own cache settings must not be read
-    done = official_sh(clone, trained, "causal", data, "--python", sys.executable, cwd=tmp_path, HF_HUB_CACHE=str(wrong_home))
+    done = official_sh(clone, trained, "causal", data, "--python", warm_python, cwd=tmp_path, HF_HUB_CACHE=str(wrong_home),
+                       PYTHON=str(warm_python))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same: 54 predictions in 9 data sets, 0 ties aside" in done.stdout  # (2 x 6 + 3 + 3) x 3 revisions, and 3 sets each
     reports = {(clone / "results" / "tiny" / revision / "zero_shot" / "causal" / "reading" / "report.txt").read_text()
@@ -142,7 +143,7 @@ def test_every_revision_is_scored_as_itself_and_the_results_are_ours(trained, da
     shutil.rmtree(clone / "results" / "tiny" / "chck_1M")
     monkeypatch.setenv("STANDIN_BUG", "ignore_revision")
     with pytest.raises(UserError, match="differ in"):
-        call(monkeypatch, "run", clone, trained, "--data", data, "--ours", ours)
+        call(monkeypatch, "run", clone, trained, "--data", data, "--ours", ours, "--python", warm_python)
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "/causal/" in line.split(" ")[0]}
     assert "DIFFERENT" in rows["chck_1M/causal/reading"] and "DIFFERENT" in rows["chck_1M/causal/wug_past/wug_past_tense"]
     assert "DIFFERENT" not in rows["main/causal/reading"] + rows["chck_2M/causal/reading"]

@@ -660,18 +660,18 @@ def test_a_set_in_both_folders_is_scored_once_and_two_that_differ_are_refused(sc
     assert code == 1 and "are different sets of one name" in err
 
 
-def test_a_killed_evaluation_goes_on_with_the_texts_that_are_left(model, data, tmp_path):
+def test_a_killed_evaluation_goes_on_with_the_texts_that_are_left(model, data, tmp_path, warm_python):
     """A real process, killed while it scores, then run again: the same files as in one go."""
     many = tmp_path / "many/blimp_fast"
     many.mkdir(parents=True)
     random = np.random.default_rng(1)
-    for uid in range(40):
+    for uid in range(20):
         rows = [{"sentence_good": sentence(random, 20), "sentence_bad": sentence(random, 20), "UID": f"u{uid}", "field": "f",
                  "linguistics_term": "t"} for _ in range(60)]
         (many / f"u{uid}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "eval.zero_shot", model, "--data", many.parent, "--no-untrained", "--batch_tokens", "256"]
+    command = ["-m", "eval.zero_shot", model, "--data", many.parent, "--no-untrained", "--batch_tokens", "256"]
     progress = tmp_path / "cut/tiny/main/zero_shot/causal/blimp/blimp_fast/progress.jsonl"
-    child = subprocess.Popen([*command, "--output", tmp_path / "cut"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, *command, "--output", tmp_path / "cut"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while child.poll() is None and (not progress.exists() or progress.read_text().count("\n") < 60):
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
@@ -680,10 +680,10 @@ def test_a_killed_evaluation_goes_on_with_the_texts_that_are_left(model, data, t
     with progress.open("a") as stream:
         stream.write("[17, -3")  # half a line
     kept = len({json.loads(line)[0] for line in progress.read_text().split("\n")[1:-1]})
-    again = subprocess.run([*command, "--output", tmp_path / "cut"], cwd=ROOT, capture_output=True, text=True, check=True)
-    said = re.search(r"BLiMP \(blimp_fast\): ([\d,]+) of 4,800 texts were scored before", again.stdout)
+    again = subprocess.run([warm_python, *command, "--output", tmp_path / "cut"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = re.search(r"BLiMP \(blimp_fast\): ([\d,]+) of 2,400 texts were scored before", again.stdout)
     assert said and kept - 1 <= int(said[1].replace(",", "")) <= kept + 1 and not progress.exists()
-    subprocess.run([*command, "--output", tmp_path / "whole"], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run([warm_python, *command, "--output", tmp_path / "whole"], cwd=ROOT, capture_output=True, check=True)
     for name in ("predictions.json", "best_temperature_report.txt"):
         cut, whole = ((tmp_path / which / "tiny/main/zero_shot/causal/blimp/blimp_fast" / name).read_text() for which in ("cut", "whole"))
         assert cut == whole, name
@@ -699,9 +699,9 @@ def test_what_another_model_had_answered_is_not_taken_up(model, score, tmp_path)
     assert "were scored before" not in out and (folder / "items.jsonl").read_text() == right
 
 
-def test_the_official_scripts_usage(model, data, tmp_path):
+def test_the_official_scripts_usage(model, data, tmp_path, warm_python):
     script = ROOT / "eval/eval_zero_shot.sh"
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PYTHON": str(warm_python)}
     (tmp_path / "small/wug_past_tense").mkdir(parents=True)
     shutil.copy(data / "fast_eval/wug_past_tense/wug_past_tense.jsonl", tmp_path / "small/wug_past_tense")
     done = subprocess.run(["bash", script, "tiny", "causal", "small"], cwd=tmp_path, capture_output=True, text=True, env=environment)

@@ -175,16 +175,16 @@ def test_a_real_run_follows_its_teacher_and_its_tokenizer_to_their_texts(student
     assert ledger_text(record) in card and "Verdict: **legal for strict-small**" in card
 
 
-def test_the_command_prints_the_ledger(student, tmp_path):
+def test_the_command_prints_the_ledger(student, tmp_path, warm_python):
     folder, record = student
 
-    def call(*arguments):
-        return subprocess.run([sys.executable, "-m", "babylm.hub", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+    def call(python, *arguments):
+        return subprocess.run([python, "-m", "babylm.hub", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
                               env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
 
-    done = call(folder)
+    done = call(sys.executable, folder)
     assert done.returncode == 0 and ledger_text(record) in done.stdout, done.stderr
-    done = call(folder, tmp_path)
+    done = call(warm_python, folder, tmp_path)
     assert done.returncode == 1 and f"error: {tmp_path} is no finished run" in done.stderr and "Traceback" not in done.stderr
 
 

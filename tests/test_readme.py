@@ -3,17 +3,14 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
-import babylm.training  # noqa: F401 - loaded once, here, for the commands that run in forked processes
+import babylm.training  # noqa: F401 - loaded once, here: warm_python begins with it
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,8 +32,9 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the repository in which `bash demo.sh` was run, briefly, with the environment that runs these tests."""
+def project(tmp_path_factory, warm_python):
+    """A copy of the repository in which `bash demo.sh` was run, briefly, with the environment that runs these tests: every stage
+    as a process that starts from nothing."""
     folder = tmp_path_factory.mktemp("clone") / "project"
     made_here = (".git", ".venv", "models", "data", "figures", "results", "corpus_*", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made_here))
@@ -55,8 +53,8 @@ def project(tmp_path_factory):
         (folder / "glue_filtered").mkdir(exist_ok=True)
         (folder / f"glue_filtered/rte.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("baseline", "student"):  # what eval.compare reads
-        done_too = forked(folder, ["python", "-m", "eval.zero_shot", f"models/demo-s9/{name}", "--data", "evaluation_data",
-                                   "--no-untrained"])
+        done_too = run(folder, [str(warm_python), "-m", "eval.zero_shot", f"models/demo-s9/{name}", "--data", "evaluation_data",
+                                "--no-untrained"])
         assert done_too.returncode == 0, done_too.stdout + done_too.stderr
     return folder, done.stdout
 
@@ -65,43 +63,6 @@ def run(folder: Path, command: list[str], **variables: str) -> subprocess.Comple
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
     env.pop("BABYLM_SHARED", None)
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
-
-
-def forked(folder: Path, command: list[str], **variables: str) -> subprocess.CompletedProcess:
-    """`python ...` as a process that begins with everything imported: most of a short command's time is its imports.
-
-    The demo runs every stage as a process that starts from nothing; this is for the other commands.
-    """
-    logs = [folder / f".{name}.log" for name in ("out", "err")]
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            with open(logs[0], "w", buffering=1) as out, open(logs[1], "w", buffering=1) as err, open(os.devnull) as nothing:
-                for number, stream in enumerate((nothing, out, err)):
-                    os.dup2(stream.fileno(), number)
-                sys.stdin, sys.stdout, sys.stderr = nothing, out, err
-                os.chdir(folder)
-                os.environ.update(variables, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-                os.environ.pop("BABYLM_SHARED", None)
-                AcceleratorState._reset_state(reset_partial_state=True)
-                sys.argv = command[2:] if command[1] == "-m" else command[1:]
-                try:
-                    if command[1] == "-m":
-                        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-                    else:
-                        runpy.run_path(command[1], run_name="__main__")
-                    code = 0
-                except SystemExit as end:
-                    code = end.code if isinstance(end.code, int) else 1 if end.code else 0
-                    if isinstance(end.code, str):
-                        print(end.code, file=sys.stderr)
-                except BaseException:
-                    traceback.print_exc()
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return subprocess.CompletedProcess(command, code, *(log.read_text() for log in logs))
 
 
 def small(command: str) -> list[str]:
@@ -115,6 +76,7 @@ def small(command: str) -> list[str]:
         words += [*TINY, f"name={'-'.join(re.findall(r'[a-z]+', text))}"]
         words += ["distillation.teacher=models/demo-s9/teacher"] if re.search("student|teacher_cache", text) else []
         words += ["model.layers=3", "model.parallel_width=8", "model.parallel_heads=2"] if "train_moep" in text else []
+        words += ["training.batch_size=64", "training.per_device_batch_size=64"] if "teacher_cache" in text else []
     if "combine_babylm.py --input" in text:
         words += ["tokenizer.path=null", "tokenizer.vocab_size=512"]
     if "interactive.chat" in text:
@@ -150,14 +112,15 @@ def test_the_demo_ends_with_its_table_and_figures(project):
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command != "bash demo.sh"])
-def test_readme_command_runs(project, command):
+def test_readme_command_runs(project, command, warm_python):
+    """Every `python` of these, the scripts' and torchrun's too, is a warm one: the demo has started every stage cold."""
     folder, _ = project
+    warm = {"PATH": f"{warm_python.parent}:{os.environ['PATH']}", "PYTHON": str(warm_python)}
     if "--download" in command:  # there is no hub here: it has to say so
-        done = run(folder, small(command), HF_ENDPOINT="http://127.0.0.1:9")  # read when its client is imported
+        done = run(folder, small(command), **warm, HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 1 and "could not download" in done.stderr
         return
-    words = small(command)
-    done = (forked if words[0] == "python" and "torch.distributed.run" not in words else run)(folder, words)
+    done = run(folder, small(command), **({} if command == "bash test.sh" else warm))
     if "eval.finetune" in command:  # nothing can be learnt from these rows: it has to say so
         assert done.returncode == 1 and "every one of the 40 predictions is" in done.stderr + done.stdout, done.stdout + done.stderr
         return
@@ -168,6 +131,7 @@ def test_readme_command_runs(project, command):
 
 
 def test_files_that_the_readme_names_exist():
-    names = set(re.findall(r"[\w./-]+\.(?:py|sh|yaml)\b", README))
-    missing = [name for name in names - {"config.yaml"} if not list(ROOT.glob(f"**/{name.removeprefix('./')}"))]
-    assert not missing
+    names = {name.removeprefix("./") for name in re.findall(r"[\w./-]+\.(?:py|sh|yaml)\b", README)} - {"config.yaml"}
+    ours = [f"/{file.relative_to(ROOT)}" for place in ROOT.iterdir() if place.name != ".venv"  # what is installed is not ours
+            for file in (place.rglob("*") if place.is_dir() else [place])]
+    assert not [name for name in names if not any(file.endswith(f"/{name}") for file in ours)]

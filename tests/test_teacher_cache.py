@@ -511,13 +511,13 @@ def test_a_layer_map_beyond_the_teacher_is_an_error_before_it_is_loaded(capture,
 # ---- The command in the message -------------------------------------------------------------------------------------
 
 
-def test_the_command_in_the_message_makes_the_cache_when_it_is_copied(train, keys, home, teachers):
+def test_the_command_in_the_message_makes_the_cache_when_it_is_copied(train, keys, home, teachers, warm_python):
     """Pasted into a shell, word for word: with spaces, brackets and flags of the stage itself."""
     overrides = [*keys("one", home / "a cache"), "data.offset_cycle=1", "training.steps=2", "logging.eval_steps=2"]
     with pytest.raises(UserError) as caught:
         train("pasted", *overrides, "fresh=true", cached=True)
     command = re.search("Make it with: (python -m babylm.teacher_cache .*)", str(caught.value))[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{warm_python.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True,
                           stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("cache      complete\n"), done.stdout + done.stderr
