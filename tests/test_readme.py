@@ -27,7 +27,7 @@ def commands() -> list[str]:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL).replace("\n", " ")
     inline = re.findall(r"`((?:python|bash|torchrun) [^`]+)`", prose)
-    found = [re.sub(r"\s+#.*", "", line).strip() for line in blocks] + inline
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in blocks] + [code for code in inline if code != "torchrun --nproc_per_node 4"]
     return sorted({re.sub(r"\s+", " ", re.sub(r"\[.*?\]", "", command)).strip() for command in found if command})
 
 
@@ -98,6 +98,10 @@ def small(command: str) -> list[str]:
         words += ["--quick"]
     if "benchmarks.corpus" in text:
         words += ["--quick", "--tokenizer", "data/demo-s9/corpus/tokenizer"]
+    if "submit_pipeline.sh" in text:
+        words += ["--plan"]  # all that can be done without a cluster; tests/test_slurm.py has one
+    if "sweep.py" in text and "--report" not in text:
+        words += ["--dry_run"]
     if words[-1] == "test.sh":
         words += ["--collect-only", "tests/test_losses.py"]
     return words
@@ -123,6 +127,9 @@ def test_readme_command_runs(project, command, warm_python):
     done = run(folder, small(command), **({} if command == "bash test.sh" else warm))
     if "eval.finetune" in command:  # nothing can be learnt from these rows: it has to say so
         assert done.returncode == 1 and "every one of the 40 predictions is" in done.stderr + done.stdout, done.stdout + done.stderr
+        return
+    if "sweep.py" in command and "--report" in command:  # of a sweep of which nothing was run
+        assert done.returncode == 1 and "none of the 24 runs" in done.stderr, done.stdout + done.stderr
         return
     if "--check_data" in command:  # a small stand-in is not the official data: it has to say so
         assert done.returncode == 1 and "not the official blimp" in done.stdout, done.stdout + done.stderr
