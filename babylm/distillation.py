@@ -123,10 +123,12 @@ class View:
 
     @property
     def last(self) -> torch.Tensor:
+        """The student's last states [B, T-1, D]."""
         return self.student[max(self.student)]
 
     @property
     def teachers_last(self) -> list[torch.Tensor]:
+        """Each teacher's last states [B, T-1, its width]."""
         return [states[max(states)] for states in self.teachers]
 
 
@@ -161,14 +163,27 @@ class Outcome:
 # ---- Terms on hidden states -----------------------------------------------------------------------------------------
 
 
-class HiddenTerm(nn.Module):
+class Term(nn.Module):
+    """A term beside CE and KL: its `forward` maps a View to an Outcome. What it trains follows the student into the optimizer."""
+
+    reads_teachers = False  # whether the teachers must be run for it
+
+    def student_states(self) -> set[int]:
+        """The student's states that it reads, beside the last (0 = embeddings, i = output of block i)."""
+        return set()
+
+    def columns(self) -> list[str]:
+        """Names of its figures in validation, the same on every process; those of an Outcome are among them."""
+        raise NotImplementedError
+
+
+class HiddenTerm(Term):
     """Deeply supervised distillation: distance between mapped states, the student's projected up to the teacher's width.
 
     The mean over the maps of a teacher, then the teachers' weighted mean. With the default map (last -> last) it is
     hidden-state distillation. One trained linear projection per map.
     """
 
-    name = "hidden"
     reads_teachers = True
 
     def __init__(self, section: HiddenSection, student_widths: list[int], student_depth: int, teachers: list[Teacher], shares: list[float]):
@@ -191,16 +206,18 @@ class HiddenTerm(nn.Module):
             for (theirs, ours), project in zip(pairs, projections, strict=True):
                 distance = losses.state_distance(project(view.student[ours]), states[theirs], self.kind, self.normalise)
                 values = values + share / len(pairs) * distance
-        return Outcome(values.mean(), {self.name: values.detach()})
+        return Outcome(values.mean(), {"hidden": values.detach()})
 
     def student_states(self) -> set[int]:
         return {ours for pairs in self.maps for _, ours in pairs}
 
+    def columns(self) -> list[str]:
+        return ["hidden"]
 
-class ContrastiveTerm(nn.Module):
+
+class ContrastiveTerm(Term):
     """InfoNCE between projected last states (losses.info_nce); with several teachers the weighted mean of theirs."""
 
-    name = "contrastive"
     reads_teachers = True
 
     def __init__(self, section: ContrastiveSection, student_width: int, teachers: list[Teacher], shares: list[float]):
@@ -213,18 +230,19 @@ class ContrastiveTerm(nn.Module):
         ours = self.student_projection(view.last)
         values = sum(share * losses.info_nce(ours, project(_like(states, project)), self.temperature)
                      for share, project, states in zip(self.shares, self.teacher_projections, view.teachers_last, strict=True))
-        return Outcome(values.mean(), {self.name: values.detach()})
+        return Outcome(values.mean(), {"contrastive": values.detach()})
+
+    def columns(self) -> list[str]:
+        return ["contrastive"]
 
 
-class AuxiliaryTerm(nn.Module):
+class AuxiliaryTerm(Term):
     """Classifiers on shallow blocks, each with the student's own objective (CE and KL to the same teachers).
 
     Linear - GELU - Dropout - Linear to the vocabulary, or to the student's own head with `share_head`. Adaptive weights
     are a classifier's share in the sum of all classifiers' losses, detached, computed for every sequence on its own (so that
     accumulation cannot change them) and on losses that are means over tokens: a block that lags behind gets more.
     """
-
-    name = "aux"
 
     def __init__(self, section: AuxiliarySection, student_widths: list[int], student_depth: int, entries: int, teachers: list[Teacher],
                  shares: list[float]):
@@ -233,7 +251,7 @@ class AuxiliaryTerm(nn.Module):
             raise UserError(f"distillation.auxiliary.blocks: of the student's {student_depth} blocks, 1 ... {student_depth - 1} can have a "
                             f"classifier (the last has the output head); given {section.blocks}")
         self.blocks, self.adaptive, self.shares = section.blocks, section.weighting == "adaptive", shares
-        self.feature_weight = section.feature_weight
+        self.feature_weight, self.kinds = section.feature_weight, ("ce", "kl") if teachers else ("ce",)
         self.reads_teachers = self.feature_weight > 0
         self.features, self.heads, self.projections = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for block in section.blocks:
@@ -288,12 +306,12 @@ class AuxiliaryTerm(nn.Module):
     def student_states(self) -> set[int]:
         return set(self.blocks)
 
+    def columns(self) -> list[str]:
+        return [f"aux{block}_{kind}" for block in self.blocks for kind in self.kinds] + ["aux_features"] * bool(self.feature_weight)
 
-class BalanceTerm(nn.Module):
+
+class BalanceTerm(Term):
     """The load-balancing loss of a mixture-of-experts student's routers, and what validation tells about them."""
-
-    name = "balance"
-    reads_teachers = False
 
     def __init__(self, config: MoEPConfig):
         super().__init__()
@@ -464,7 +482,7 @@ class Distiller(nn.Module):
         linear = self._halves[1]
         if linear is None:  # the whole model makes the logits, and the loss takes those
             return {self.depth: self.student(input_ids=input_ids, use_cache=False).logits[:, :-1]}, Head(None), ()
-        wanted = set().union(*(self.terms[name].student_states() for name in active if hasattr(self.terms[name], "student_states")))
+        wanted = set().union(*(self.terms[name].student_states() for name in active))
         routed = {"output_router_logits": True} if "balance" in active else {}
         output = self._halves[0](input_ids=input_ids, use_cache=False, output_hidden_states=bool(wanted - {self.depth}), **routed)
         states = {state: output.hidden_states[state][:, :-1] for state in wanted - {self.depth}}
@@ -545,12 +563,7 @@ class Distiller(nn.Module):
         if self.teachers:
             names += ["kl", *(f"teacher{n}_ce" for n in range(1, len(self.teachers) + 1))]
             names += [f"teacher{n}_kl" for n in range(1, len(self.teachers) + 1)] if len(self.teachers) > 1 else []
-        names += [name for name in ("hidden", "contrastive") if name in self.terms]
-        if "auxiliary" in self.terms:
-            term = self.terms["auxiliary"]
-            kinds = ("ce", "kl") if self.teachers else ("ce",)
-            names += [f"aux{block}_{kind}" for block in term.blocks for kind in kinds] + ["aux_features"] * bool(term.feature_weight)
-        return names + (self.terms["balance"].columns() if "balance" in self.terms else [])
+        return names + [name for term in self.terms.values() for name in term.columns()]
 
     def scheduled(self) -> dict[str, float]:
         """Present values of what changes over training, for the log."""
