@@ -4,7 +4,7 @@ Conventions, the same for every term: a *mean over predicted tokens*, in nats. P
 so a block of T tokens gives T-1 predictions, and every term is taken at the same positions 0 ... T-2.
 
 Two ways lead to the same numbers. The plain formulas (`token_cross_entropy`, `token_divergence`, `logit_terms`) work on
-whole logits and are what the tests and benchmarks compare with. `fused_linear_distillation` is what training uses: it
+whole logits and are the reference that the tests compare it with. `fused_linear_distillation` is what training uses: it
 takes hidden states and output heads and never holds a [tokens, vocabulary] tensor.
 """
 
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 IGNORED = -100  # a target that is not predicted
 NEVER = -1e9  # log-probability of an entry that is left out: exp gives 0, and 0 times a difference of two such is 0, not NaN
+IN_CACHE, IN_FLIGHT = 2**17, 2**25  # logits (rows x vocabulary) worked on at once: on a CPU, on a GPU
+ENTRIES_IN_CACHE = 4096  # entries of the vocabulary whose gradient is added at once on a CPU
 
 # ---- Cross-entropy and divergences, on whole logits -----------------------------------------------------------------
 
@@ -409,9 +411,6 @@ def _accumulate(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tenso
             part += slope.T @ states
 
 
-ENTRIES_IN_CACHE = 4096  # entries of the vocabulary whose gradient is added at once on a CPU
-
-
 def _chunk(logits: torch.Tensor, taught: list[torch.Tensor], targets: torch.Tensor, factors: torch.Tensor | None, work: _Work,
            gradient: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, ce, kl) of n tokens, [n] each; with `gradient`, `logits` [n, V] is overwritten by d(sum of loss)/d(logits)."""
@@ -438,9 +437,6 @@ def _chunk(logits: torch.Tensor, taught: list[torch.Tensor], targets: torch.Tens
             student.copy_(slope if scale is None else slope * scale[:, None])
         parts.append((loss, ce, kl))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-IN_CACHE, IN_FLIGHT = 2**17, 2**25  # logits (rows x vocabulary) worked on at once: on a CPU, on a GPU
 
 
 def _goal(teachers: list[torch.Tensor], objective: LogitObjective, weights: list[float] | None) -> torch.Tensor | None:
