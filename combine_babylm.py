@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from babylm import cleaning, corpus, demo_corpus, hub, models
-from babylm.config import DRY_RUN, CorpusConfig, CorpusSection, UserError, content_hash, identity, load
+from babylm.config import CorpusConfig, CorpusSection
 from babylm.run_folder import move_aside, run_stage, write_json
+from babylm.schema import DRY_RUN, UserError, content_hash, identity, load
 from custom_dataset import file_sha256, open_store, tokenizer_fingerprint
 
 

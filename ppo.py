@@ -10,8 +10,9 @@ Every run starts and ends with a validation: cross-entropy on held-out text, and
 """
 
 from babylm import models, training
-from babylm.config import RLConfig, load
+from babylm.config import RLConfig
 from babylm.run_folder import run_stage
+from babylm.schema import load
 from interactive import reward, rl_run
 
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from babylm import sweeps
-from babylm.config import UserError, check, read_yaml
 from babylm.run_folder import run_stage
+from babylm.schema import UserError, check, read_yaml
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ Expect   demo: under a minute on two CPU cores. The same command resumes a run t
 """
 
 from babylm import models, training
-from babylm.config import BaselineConfig, load
+from babylm.config import BaselineConfig
 from babylm.distillation import Distiller
 from babylm.run_folder import run_stage
+from babylm.schema import load
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ the reported cross-entropy. Load the result anywhere with AutoModelForCausalLM.f
 """
 
 from babylm import models, teacher_cache, training
-from babylm.config import MoEPStudentConfig, load
+from babylm.config import MoEPStudentConfig
 from babylm.distillation import Distiller
 from babylm.run_folder import run_stage
+from babylm.schema import load
 
 
 def main() -> None:

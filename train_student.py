@@ -11,9 +11,10 @@ the same blocks in the same order: the two differ in the loss alone.
 """
 
 from babylm import models, teacher_cache, training
-from babylm.config import StudentConfig, load
+from babylm.config import StudentConfig
 from babylm.distillation import Distiller
 from babylm.run_folder import run_stage
+from babylm.schema import load
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ Expect   demo: about two minutes on two CPU cores. The same command resumes a ru
 """
 
 from babylm import models, training
-from babylm.config import TeacherConfig, load
+from babylm.config import TeacherConfig
 from babylm.distillation import Distiller
 from babylm.run_folder import run_stage
+from babylm.schema import load
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from babylm.cleaning import Cleaner
-from babylm.config import CorpusConfig, CorpusSection, UserError
+from babylm.config import CorpusConfig, CorpusSection
 from babylm.run_folder import amount, existing_parent, free_bytes, require_space
+from babylm.schema import UserError
 from custom_dataset import DOCUMENT, DataError, file_sha256
 
 PARTS = ("train", "val")

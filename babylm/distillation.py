@@ -15,8 +15,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from babylm import losses, models, parallel
-from babylm.config import AuxiliarySection, ContrastiveSection, DistillationSection, HiddenSection, TeacherEntry, UserError, fixed
+from babylm.config import AuxiliarySection, ContrastiveSection, DistillationSection, HiddenSection, TeacherEntry
 from babylm.losses import FusedTerms, Head
+from babylm.schema import UserError, fixed
 from modeling_moep import MoEPConfig, load_balancing_loss
 
 CROSS_ENTROPY = DistillationSection(w_ce=fixed(1.0), w_kl=fixed(0.0))

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.logging import disable_progress_bar
 
 from babylm import models
-from babylm.config import UserError, content_hash, milestone_words
 from babylm.ledger import read_lines, read_values
 from babylm.model_card import evaluation, model_card
 from babylm.run_folder import is_whole, read_finished, require_finished
+from babylm.schema import UserError, content_hash, milestone_words
 
 PROJECT = Path(__file__).parent.parent
 RECORD = ("config.yaml", "record.json", "metrics.jsonl", "finished.json")  # of run/: what a reader needs to check the card

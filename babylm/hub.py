@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from babylm.config import DownloadSection, UserError
+from babylm.config import DownloadSection
 from babylm.export import GGUF_TYPES, Export, Options, Revision, digest, export_run, size_of, space_files
 from babylm.ledger import ledger_text
 from babylm.run_folder import read_finished, run_stage, write_text
+from babylm.schema import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

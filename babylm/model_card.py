@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from babylm import models
-from babylm.config import milestone_words
 from babylm.ledger import ledger_text, read_lines, read_values
+from babylm.schema import milestone_words
 
 ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama", "gptj": "GPT-J", "moep": "MoE-P"}
 ALGORITHMS = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO"}

@@ -28,7 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from babylm.config import LoraSection, ModelSection, MoEPModelSection, TrainingSection, UserError, content_hash
+from babylm.config import LoraSection, ModelSection, MoEPModelSection, TrainingSection
+from babylm.schema import UserError, content_hash
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from modeling_moep import MoEPConfig, MoEPForCausalLM
 

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from babylm.config import RunConfig, UserError
+from babylm.config import RunConfig
 from babylm.run_folder import RunFolder
+from babylm.schema import UserError
 
 # ---- What the launcher asks for -------------------------------------------------------------------------------------
 

@@ -19,10 +19,11 @@ import torch
 from accelerate import PartialState
 
 from babylm import models, parallel
-from babylm.config import RunConfig, UserError, milestone_name
+from babylm.config import RunConfig
 from babylm.distillation import Distiller, Teacher, state_key, trainable_parameters
 from babylm.losses import tokens_at_once
 from babylm.run_folder import RunFolder, amount, existing_parent, free_bytes, require_space
+from babylm.schema import UserError, milestone_name
 
 if TYPE_CHECKING:
     from babylm.training import Data

@@ -31,7 +31,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from babylm.config import RunConfig, UserError, content_hash, differing, identity
+from babylm.config import RunConfig
+from babylm.schema import UserError, content_hash, differing, identity
 from custom_dataset import DataError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError
 from babylm.distillation import Distiller
 from babylm.run_folder import read_finished, require_finished, run_stage, write_json
+from babylm.schema import UserError
 from custom_dataset import EvalBlocks, TokenStore, open_store
 
 Terms = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]  # {"input_ids": [B, T], ...} -> {name: [B, T-1] nats}

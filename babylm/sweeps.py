@@ -43,29 +43,11 @@ from pydantic import field_validator, model_validator
 from scipy import special
 
 from babylm import figures
-from babylm.config import (
-    BaselineConfig,
-    MoEPStudentConfig,
-    RLConfig,
-    RunConfig,
-    Section,
-    StudentConfig,
-    TeacherConfig,
-    UserError,
-    apply_override,
-    check,
-    differing,
-    identity,
-    key,
-    milestone_words,
-    parse_word_count,
-    read_yaml,
-)
+from babylm.config import STAGES, RunConfig
 from babylm.run_folder import PREEMPTED_EXIT, read_finished, write_text
+from babylm.schema import Section, UserError, apply_override, check, differing, identity, key, milestone_words, parse_word_count, read_yaml
 
-SCHEMAS: dict[str, type[Section]] = {
-    "train_teacher.py": TeacherConfig, "train_baseline.py": BaselineConfig, "train_student.py": StudentConfig,
-    "train_moep_student.py": MoEPStudentConfig, "ppo.py": RLConfig}
+SCHEMAS = {script: schema for script, schema in STAGES.items() if issubclass(schema, RunConfig)}  # those that make a run folder
 OWN_KEYS = ("seed", "name", "output", "fresh", "resume_path")  # of a run, that the sweep itself gives
 COLUMNS = ("run", "seed", "state", "steps", "words_seen", "parameters", "seconds", "ce", "perplexity")  # of a report: no axis is called so
 

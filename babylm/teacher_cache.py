@@ -38,10 +38,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from babylm import models, plan, training
-from babylm.config import DRY_RUN, StudentConfig, TeacherEntry, UserError, content_hash, load, student_schema
+from babylm.config import StudentConfig, TeacherEntry, student_schema
 from babylm.distillation import Teacher, state_key
 from babylm.losses import Head
 from babylm.run_folder import Preempted, StopRequest, require_finished, run_stage, write_json
+from babylm.schema import DRY_RUN, UserError, content_hash, load
 from custom_dataset import tokenizer_fingerprint
 
 STORED = {"bf16": (torch.bfloat16, np.uint16), "fp16": (torch.float16, np.float16), "fp32": (torch.float32, np.float32)}

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from babylm import models, parallel, scoring
-from babylm.config import DRY_RUN, RunConfig, UserError
+from babylm.config import RunConfig
 from babylm.distillation import Distiller, trainable_parameters
 from babylm.ledger import word_ledger
 from babylm.model_card import model_card
@@ -49,6 +49,7 @@ from babylm.run_folder import (
     seal,
     write_json,
 )
+from babylm.schema import DRY_RUN, UserError
 from custom_dataset import EvalBlocks, TextPart, TokenBlocks, open_store, tokenizer_fingerprint
 
 PATIENCE = datetime.timedelta(hours=3)  # for processes that wait while process 0 scores a milestone; torch would give up after 10 minutes

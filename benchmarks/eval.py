@@ -39,8 +39,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError
 from babylm.run_folder import run_stage
+from babylm.schema import UserError
 from benchmarks import measure
 from eval import reading
 from eval.scorer import Request, Scorer

@@ -33,10 +33,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from babylm import models, teacher_cache, training
-from babylm.config import DistillationSection, TeacherEntry, fixed
+from babylm.config import DistillationSection, TeacherEntry
 from babylm.distillation import CROSS_ENTROPY, Distiller, Teacher, state_key
 from babylm.losses import LogitObjective
 from babylm.run_folder import StopRequest
+from babylm.schema import fixed
 from benchmarks import measure
 from benchmarks.loss import plain_loss
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from babylm.config import UserError
+from babylm.schema import UserError
 
 
 def read_json(file: Path) -> Any:

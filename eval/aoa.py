@@ -39,8 +39,8 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import PreTrainedTokenizerFast
 
 from babylm import figures, models
-from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
+from babylm.schema import UserError, milestone_words
 from custom_dataset import file_sha256
 from eval.reading import GAPS
 from eval.reports import results_home

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError
+from babylm.schema import UserError
 from eval import reading, zero_shot
 from eval.scorer import Scorer
 from eval.tasks import Task, choose_tasks, find_sets, load_tasks, read_items

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from babylm import models
-from babylm.config import Section, UserError, key
+from babylm.schema import Section, UserError, key
 from eval.glue import Task, Tokens
 
 

@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from babylm.config import UserError
 from babylm.run_folder import run_stage, write_json
+from babylm.schema import UserError
 from custom_dataset import file_sha256
 from eval.reading import read_rows, scores
 from eval.reports import first_share

@@ -30,8 +30,8 @@ from pydantic import field_validator
 from transformers import PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import Section, UserError, apply_override, check, identity, key, read_yaml
 from babylm.run_folder import require_finished, run_stage, write_json, write_text
+from babylm.schema import Section, UserError, apply_override, check, identity, key, read_yaml
 from custom_dataset import file_sha256
 from eval.classifier import (
     Classifier,

@@ -10,7 +10,7 @@ import torch
 from pydantic import model_validator
 from transformers import PreTrainedTokenizerFast
 
-from babylm.config import Section, UserError, key
+from babylm.schema import Section, UserError, key
 from eval.tasks import rows as json_rows
 
 

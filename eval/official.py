@@ -22,9 +22,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from babylm.config import UserError, milestone_words
 from babylm.models import checkpoint_files
 from babylm.run_folder import is_whole, move_aside, require_finished, run_stage, write_json, write_text
+from babylm.schema import UserError, milestone_words
 from custom_dataset import file_sha256
 from eval.agreement import read_json, report
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
-from babylm.config import UserError
+from babylm.schema import UserError
 from eval.scorer import Request
 
 EYE_TRACKING = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")

@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 from scipy import special, stats
 
-from babylm.config import UserError
 from babylm.run_folder import write_json, write_text
+from babylm.schema import UserError
 from eval import reading
 from eval.tasks import SUITES, Item, Task
 

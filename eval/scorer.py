@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from babylm import models
-from babylm.config import UserError
 from babylm.losses import Head, LogitObjective, fused_linear_distillation
+from babylm.schema import UserError
 
 # Architectures that take a mask per token, [B, 1, T, T], with position_ids; `Scorer` checks that they do what it hopes for.
 TREES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "moep"}

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from babylm.config import UserError
 from babylm.run_folder import folder_written_whole, is_whole
+from babylm.schema import UserError
 from custom_dataset import file_sha256
 
 SUITES = {"2025": Path(__file__).with_name("tasks.yaml"), "2026": Path(__file__).with_name("tasks_2026.yaml")}

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError, milestone_words
 from babylm.run_folder import run_stage, write_json
+from babylm.schema import UserError, milestone_words
 from eval import reading, reports
 from eval.scorer import BATCH_TOKENS, Request, Scorer
 from eval.tasks import SUITES, Item, Task, choose_tasks, data_files, find_sets, load_tasks, open_data, read_items, unlike_official

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from babylm.config import UserError
 from babylm.run_folder import run_stage
+from babylm.schema import UserError
 from interactive.generation import (
     CODE_RULE,
     MAIN,

@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from babylm import models
-from babylm.config import Section, UserError, milestone_words
 from babylm.run_folder import is_whole
+from babylm.schema import Section, UserError, milestone_words
 
 MAIN = "main"  # the final model at a run folder's root, and a hub repository's first revision
 MAX_CHARACTERS = 200_000  # of a typed text; more than any model here has positions for

@@ -36,8 +36,9 @@ import torch
 from transformers import GenerationConfig
 
 from babylm import models
-from babylm.config import JudgeReward, UserError
+from babylm.config import JudgeReward
 from babylm.run_folder import require_finished
+from babylm.schema import UserError
 
 SHIPPED_RUBRIC = Path(__file__).with_name("rubric.txt")
 PLACEHOLDERS = ("prompt", "completion", "answer_form")  # each exactly once; {max_grade} at least once

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from babylm.config import PromptsSection, UserError, content_hash
+from babylm.config import PromptsSection
 from babylm.run_folder import write_json
+from babylm.schema import UserError, content_hash
 from custom_dataset import TextPart, file_sha256, tokenizer_fingerprint
 
 RULES = 1  # raise when the rules below change: older caches are then made again, never read

@@ -32,17 +32,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import (
-    JudgeReward,
-    LengthReward,
-    LikelihoodReward,
-    MarginReward,
-    RandomReward,
-    RepetitionReward,
-    RewardSection,
-    UserError,
-)
+from babylm.config import JudgeReward, LengthReward, LikelihoodReward, MarginReward, RandomReward, RepetitionReward, RewardSection
 from babylm.run_folder import require_finished
+from babylm.schema import UserError
 from custom_dataset import file_sha256, tokenizer_fingerprint
 from interactive.judge import SHIPPED_RUBRIC, Judge, Rubric, open_judge, weights_fingerprint
 

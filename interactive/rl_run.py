@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models, scoring, training
-from babylm.config import RLConfig, UserError, identity
+from babylm.config import RLConfig
 from babylm.distillation import Distiller
 from babylm.ledger import accounts, read_lines, rl_ledger
 from babylm.model_card import model_card
 from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
+from babylm.schema import UserError, identity
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
 from interactive import reward
 from interactive.prompts import Prompts, load_prompts

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError, content_hash
+from babylm.schema import UserError, content_hash
 
 
 @dataclass

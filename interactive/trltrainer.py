@@ -27,7 +27,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from babylm.config import RLConfig, UserError
+from babylm.config import RLConfig
+from babylm.schema import UserError
 from babylm.training import accumulation_steps
 from interactive.rehearsal import rehearse
 from interactive.rl_run import RLRun, load_state, save_state, tracked

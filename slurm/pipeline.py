@@ -28,10 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from babylm.config import CorpusConfig, RLConfig, RunConfig, StudentConfig, UserError, apply_override, check, read_yaml
+from babylm.config import STAGES, CorpusConfig, RLConfig, RunConfig, StudentConfig
 from babylm.run_folder import read_finished, require_finished, run_stage, write_status
+from babylm.schema import UserError, apply_override, check, read_yaml
 from custom_dataset import DataError, TextPart
-from slurm.runs import STAGES, WAITING, jobs_in_queue, read_status
+from slurm.runs import WAITING, jobs_in_queue, read_status
 
 SCRIPTS = {"corpus": "combine_babylm.py", "teacher": "train_teacher.py", "baseline": "train_baseline.py", "student": "train_student.py",
            "moep": "train_moep_student.py", "ppo": "ppo.py"}
@@ -193,7 +194,7 @@ def _training(script: str, label: str, path: Path, common: list[str], own: list[
     overrides = [*(override for override in common if concerns(script, override.partition("=")[0])), *own]
     for override in overrides:
         apply_override(values, override)
-    schema = STAGES[script][0]
+    schema = STAGES[script]
     moved[before] = made(script, values)
     given = {override.partition("=")[0] for override in overrides}
     for read in inputs(check(schema, values, str(path))):

@@ -15,20 +15,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from babylm import config
-from babylm.config import UserError, apply_override, check, read_yaml
+from babylm.config import STAGES
+from babylm.schema import UserError, apply_override, check, read_yaml
 
-# Stage -> schema of its YAML and the YAML it reads without --config.
-STAGES: dict[str, tuple[Any, str]] = {
-    "combine_babylm.py": (config.CorpusConfig, "configs/10M/corpus.yaml"),
-    "train_teacher.py": (config.TeacherConfig, "configs/10M/teacher.yaml"),
-    "train_baseline.py": (config.BaselineConfig, "configs/10M/baseline.yaml"),
-    "train_student.py": (config.StudentConfig, "configs/10M/student.yaml"),
-    "train_moep_student.py": (config.MoEPStudentConfig, "configs/10M/moep.yaml"),
-    "ppo.py": (config.RLConfig, "configs/10M/ppo.yaml"),
-}
+# The YAML that a stage reads without --config.
+DEFAULTS = {"combine_babylm.py": "corpus", "train_teacher.py": "teacher", "train_baseline.py": "baseline", "train_student.py": "student",
+            "train_moep_student.py": "moep", "ppo.py": "ppo"}
 WAITING = ("pending", "running", "preempted")  # states that need a job behind them
 
 
@@ -46,8 +39,8 @@ def run_of(command: Sequence[str]) -> Path | None:
     if not Path(script).is_file():
         near = difflib.get_close_matches(script, STAGES, n=1)
         raise UserError(f"{script}: no such stage; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(STAGES)}"))
-    schema, path = STAGES.get(Path(script).name, (None, None))
-    overrides = []
+    schema, default = STAGES.get(Path(script).name), DEFAULTS.get(Path(script).name)
+    path, overrides = f"configs/10M/{default}.yaml" if default else None, []
     while rest:
         word = rest.pop(0)
         if word == "--config" and rest:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from small_models import make_models_folder, make_run
 
-from babylm.config import UserError
 from babylm.run_folder import run_stage
+from babylm.schema import UserError
 from interactive import chat, generation
 from interactive.chat import CHAT, CONTINUE, Ongoing, Sessions, Settings, Side, answer, board, together
 from interactive.generation import ModelsFolder, NextTokens, Step

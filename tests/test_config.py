@@ -19,21 +19,11 @@ from babylm.config import (
     RewardEntry,
     RLConfig,
     RunConfig,
-    Schedule,
-    Section,
     StudentConfig,
     TeacherConfig,
-    UserError,
-    check,
-    content_hash,
-    default_of,
-    differing,
-    identity,
-    key,
-    load,
-    read_yaml,
     student_schema,
 )
+from babylm.schema import Schedule, Section, UserError, check, content_hash, default_of, differing, identity, key, load, read_yaml
 
 ROOT = Path(config_module.__file__).parents[1]
 SCHEMAS = (CorpusConfig, TeacherConfig, BaselineConfig, StudentConfig, MoEPStudentConfig, RLConfig)

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 import combine_babylm
 from babylm import corpus as raw_text
 from babylm import models
-from babylm.config import CorpusSection, UserError
+from babylm.config import CorpusSection
+from babylm.schema import UserError
 from custom_dataset import DataError, TextPart
 
 ROOT = Path(combine_babylm.__file__).parent
@@ -584,7 +585,8 @@ def download(tmp_path, warm_python):
 import sys, time
 from pathlib import Path
 from babylm import hub
-from babylm.config import DownloadSection, UserError
+from babylm.config import DownloadSection
+from babylm.schema import UserError
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 50)
 try:

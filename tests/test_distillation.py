@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from babylm import losses
-from babylm.config import DistillationSection, Schedule, TeacherEntry, UserError
+from babylm.config import DistillationSection, TeacherEntry
 from babylm.distillation import Distiller, Teacher, state_key, trainable_parameters
+from babylm.schema import Schedule, UserError
 
 VOCABULARY, LENGTH = 40, 7
 IDS = torch.randint(VOCABULARY, (4, LENGTH), generator=torch.Generator().manual_seed(0))

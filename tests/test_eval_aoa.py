@@ -17,7 +17,8 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import BertConfig, BertForMaskedLM
 
 from babylm import models
-from babylm.config import ModelSection, UserError
+from babylm.config import ModelSection
+from babylm.schema import UserError
 from eval import aoa
 from eval.reports import results_home
 

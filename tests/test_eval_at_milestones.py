@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from babylm import models, training
-from babylm.config import BaselineConfig, ModelSection, UserError, check
+from babylm.config import BaselineConfig, ModelSection
+from babylm.schema import UserError, check
 from eval import at_milestones, zero_shot
 
 PASSING = {"seconds", "tokens_per_s"}  # what two equal runs may differ in

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from babylm.config import UserError
+from babylm.schema import UserError
 from eval import compare, reports
 from eval.reading import CONTROLS, EYE_TRACKING, SELF_PACED, TEXTS
 

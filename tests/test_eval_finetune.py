@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from babylm import models
-from babylm.config import ModelSection, MoEPModelSection, UserError
+from babylm.config import ModelSection, MoEPModelSection
+from babylm.schema import UserError
 from eval import classifier, finetune, glue
 
 ROWS = {

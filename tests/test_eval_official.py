@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from babylm import models
-from babylm.config import ModelSection, UserError
+from babylm.config import ModelSection
+from babylm.schema import UserError
 from babylm.scoring import sentence_logprobs
 from eval import official
 

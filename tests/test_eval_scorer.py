@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from babylm.config import UserError
+from babylm.schema import UserError
 from eval.scorer import Request, Scorer, pack
 from modeling_moep import MoEPConfig, MoEPForCausalLM
 

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import UserError
+from babylm.schema import UserError
 from eval import reading, reports
 from eval.agreement import read_gaps
 from eval.tasks import Item, choose_tasks, find_sets, load_tasks, read_items, unlike_official

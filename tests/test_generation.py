@@ -11,8 +11,8 @@ import torch
 from small_models import TEMPLATE, make_models_folder, make_run
 from tokenizers import processors
 
-from babylm.config import UserError
 from babylm.models import load_causal_lm, load_tokenizer
+from babylm.schema import UserError
 from interactive import generation
 from interactive.generation import (
     HubModels,

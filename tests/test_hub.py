@@ -19,9 +19,9 @@ from stub_hub import TOKEN, StubHub
 from transformers import AutoModelForCausalLM
 
 from babylm import export, hub, models
-from babylm.config import UserError
 from babylm.export import Options, export_run, milestone_folders, without_private
 from babylm.model_card import evaluation, model_card
+from babylm.schema import UserError
 
 ROOT = Path(hub.__file__).parent.parent
 KEYS = {"model": {"layers": 3, "width": 16, "heads": 2, "max_positions": 32},

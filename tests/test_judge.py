@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from babylm import models
-from babylm.config import JudgeReward, UserError
+from babylm.config import JudgeReward
+from babylm.schema import UserError
 from interactive.judge import SHIPPED_RUBRIC, GradeCache, Rubric, open_judge
 from interactive.reward import build_rewards, combine
 

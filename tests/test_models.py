@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from babylm import losses, models
-from babylm.config import LoraSection, ModelSection, TrainingSection, UserError
+from babylm.config import LoraSection, ModelSection, TrainingSection
 from babylm.run_folder import Preempted
+from babylm.schema import UserError
 from babylm.training import RunCallback
 from custom_dataset import tokenizer_fingerprint
 

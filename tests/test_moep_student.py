@@ -18,8 +18,9 @@ import yaml
 from test_moep_terms import ROUTERS, balance_by_hand, outputs
 
 from babylm import models, plan, training
-from babylm.config import ModelSection, MoEPModelSection, MoEPStudentConfig, StudentConfig, UserError, check, identity, student_schema
+from babylm.config import ModelSection, MoEPModelSection, MoEPStudentConfig, StudentConfig, student_schema
 from babylm.distillation import Teacher
+from babylm.schema import UserError, check, identity
 from custom_dataset import EvalBlocks, open_store
 from modeling_moep import MoEPForCausalLM
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from babylm import models
-from babylm.config import DistillationSection, MoEPDistillationSection, UserError
+from babylm.config import DistillationSection, MoEPDistillationSection
 from babylm.distillation import Distiller, Teacher, state_key, trainable_parameters
+from babylm.schema import UserError
 from modeling_moep import MoEPConfig, MoEPForCausalLM
 
 VOCABULARY, LENGTH = 40, 7

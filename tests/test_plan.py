@@ -19,11 +19,9 @@ from babylm.config import (
     MoEPDistillationSection,
     MoEPModelSection,
     StudentConfig,
-    UserError,
-    check,
-    identity,
 )
 from babylm.distillation import Distiller, Teacher
+from babylm.schema import UserError, check, identity
 from custom_dataset import DataError, TokenBlocks, UnwrittenStore, open_store
 
 LLAMA = {"architecture": "llama", "layers": 2, "width": 32, "heads": 2, "ffn": 64, "max_positions": 64}

@@ -11,8 +11,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from babylm import models
-from babylm.config import KLSection, ModelSection, MoEPModelSection, RLConfig, UserError, check
+from babylm.config import KLSection, ModelSection, MoEPModelSection, RLConfig
 from babylm.run_folder import Preempted
+from babylm.schema import UserError, check
 from interactive import ppotrainer, rl_run, rollout
 from interactive.ppotrainer import PolicyWithValue, PPOTrainer
 from interactive.rollout import Sample, collate

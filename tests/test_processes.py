@@ -22,11 +22,10 @@ from babylm.config import (
     StudentConfig,
     TeacherConfig,
     TrainingSection,
-    UserError,
-    check,
 )
 from babylm.distillation import Distiller, Teacher
 from babylm.run_folder import RunFolder
+from babylm.schema import UserError, check
 from interactive.rollout import switch_off_dropout
 from modeling_moep import Router
 

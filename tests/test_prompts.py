@@ -6,8 +6,9 @@ from collections import Counter
 import datasets
 import pytest
 
-from babylm.config import PromptsSection, UserError, check
+from babylm.config import PromptsSection
 from babylm.run_folder import write_json
+from babylm.schema import UserError, check
 from custom_dataset import TextPart
 from interactive import prompts as prompts_module
 from interactive.prompts import Prompts, load_prompts

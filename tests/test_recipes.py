@@ -9,20 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from babylm import models
-from babylm.config import (
-    BaselineConfig,
-    CorpusConfig,
-    ModelSection,
-    MoEPModelSection,
-    StudentConfig,
-    TeacherConfig,
-    apply_override,
-    check,
-    read_yaml,
-    student_schema,
-)
+from babylm.config import BaselineConfig, CorpusConfig, ModelSection, MoEPModelSection, StudentConfig, TeacherConfig, student_schema
 from babylm.config import __file__ as config_file
 from babylm.losses import effective_lambda
+from babylm.schema import apply_override, check, read_yaml
 from modeling_moep import MoEPForCausalLM
 
 SIZES = ("10M", "100M")

@@ -19,8 +19,9 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from babylm import run_folder, training
-from babylm.config import BaselineConfig, UserError, load
+from babylm.config import BaselineConfig
 from babylm.run_folder import RunFolder, is_whole, run_stage
+from babylm.schema import UserError, load
 from custom_dataset import open_store
 
 ROOT = Path(training.__file__).parents[1]

@@ -18,8 +18,8 @@ from babylm.config import (
     MoEPModelSection,
     RandomReward,
     RepetitionReward,
-    UserError,
 )
+from babylm.schema import UserError
 from interactive import reward as reward_module
 from interactive.judge import SHIPPED_RUBRIC
 from interactive.reward import CombinedReward, CompletionScorer, Reward, build_rewards, combine, reward_fingerprints

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from babylm import losses, models, scoring
-from babylm.config import ModelSection, UserError
+from babylm.config import ModelSection
 from babylm.run_folder import write_json
+from babylm.schema import UserError
 from custom_dataset import EvalBlocks, open_store
 
 SENTENCES = ["The dog that saw the cats sleeps.", "Zoë!", "She", "", "“No,” said the ox, “never again in this house.”", "a a a a a a"]

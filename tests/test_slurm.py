@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from babylm.config import BaselineConfig, UserError, load
+from babylm.config import BaselineConfig
 from babylm.run_folder import RunFolder, seal, write_status
+from babylm.schema import UserError, load
 from slurm import pipeline, runs
 
 ROOT = Path(pipeline.__file__).parents[1]

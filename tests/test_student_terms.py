@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from babylm import models, training
-from babylm.config import Schedule, TeacherEntry, UserError
+from babylm.config import TeacherEntry
 from babylm.distillation import Teacher
 from babylm.run_folder import Preempted
+from babylm.schema import Schedule, UserError
 from custom_dataset import EvalBlocks, open_store
 
 PASSING = {"seconds", "tokens_per_s"}  # what two equal runs may differ in

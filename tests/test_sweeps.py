@@ -17,7 +17,8 @@ from PIL import Image
 
 import sweep as sweep_script
 from babylm import figures, sweeps
-from babylm.config import UserError, check, identity, read_yaml
+from babylm.config import StudentConfig
+from babylm.schema import UserError, check, identity, read_yaml
 from babylm.sweeps import SweepConfig, interval, plan
 
 ROOT = Path(sweep_script.__file__).parent
@@ -55,7 +56,7 @@ def test_a_grid_is_every_combination_with_every_seed(sweep, tmp_path):
         values = read_yaml(command[command.index("--config") + 1])
         for override in command[command.index("--config") + 2:]:
             sweeps.apply_override(values, override)
-        assert command[1] == "train_student.py" and check(sweeps.StudentConfig, values, "") == run.config
+        assert command[1] == "train_student.py" and check(StudentConfig, values, "") == run.config
 
 
 def test_points_have_names_and_may_be_of_several_stages(sweep, tmp_path):

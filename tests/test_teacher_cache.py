@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from babylm import models, teacher_cache, training
-from babylm.config import StudentConfig, UserError, load
+from babylm.config import StudentConfig
 from babylm.distillation import Teacher
 from babylm.run_folder import Preempted
+from babylm.schema import UserError, load
 from custom_dataset import tokenizer_fingerprint
 
 ROOT = Path(training.__file__).parents[1]

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from babylm import models, training
-from babylm.config import StudentConfig, TeacherConfig, UserError, check, milestone_name, milestone_words
+from babylm.config import StudentConfig, TeacherConfig
 from babylm.distillation import Distiller, Teacher
 from babylm.run_folder import StopRequest
+from babylm.schema import UserError, check, milestone_name, milestone_words
 from custom_dataset import EvalBlocks, TokenBlocks, open_store
 
 ROOT = Path(training.__file__).parents[1]

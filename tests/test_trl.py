@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from babylm import models, run_folder
-from babylm.config import ModelSection, RLConfig, UserError, check
+from babylm.config import ModelSection, RLConfig
 from babylm.run_folder import Preempted
+from babylm.schema import UserError, check
 from interactive import rl_run, rollout, trltrainer
 from interactive.rollout import Sample
 
