@@ -334,7 +334,7 @@ class Runner:
         if code == 0 and run.state() == "done":
             self._say(f"{where}: done in {spent}, CE {read_finished(run.folder)['ce']:.4f}")
             return "done"
-        if code == PREEMPTED_EXIT or (self.stopped_by and code == -signal.SIGTERM):  # the second: it was still loading its packages
+        if code in (PREEMPTED_EXIT, -signal.SIGTERM, -signal.SIGUSR1):  # the last two: it was still loading its packages
             self._say(f"{where}: preempted after {spent}; the same command continues")
             return "preempted"
         said = "" if self.to_screen else "\n    " + "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
