@@ -281,7 +281,7 @@ def test_figures(sweep, reported, tmp_path, monkeypatch):
 # ---- Running --------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_of_real_runs(corpus, tmp_path, write_yaml, in_child):
+def test_a_sweep_of_real_runs(corpus, tmp_path, write_yaml, in_child, warm_python):
     """A student that reads a teacher of the same sweep, and a run that fails; stopped by a signal, gone on with, recognised as done."""
     base = {**BASE, "data": {**BASE["data"], "corpus": str(corpus), "eval_blocks": 4}, "checkpoints": {"milestones": False}}
     teacher = write_yaml(tmp_path / "teacher.yaml", base)
@@ -297,7 +297,7 @@ def test_a_sweep_of_real_runs(corpus, tmp_path, write_yaml, in_child):
 
     def sweep_of(names, *args, stop=False):
         file = write_yaml(tmp_path / "sweep.yaml", {"name": "real", "output": str(tmp_path), "config": str(student), "seeds": [1],
-                                                    "grid": {"run": {name: points[name] for name in names}}})
+                                                    "grid": {"which": {name: points[name] for name in names}}})
         def stop_at_work():
             while "step " not in written(root / "teacher-s1.log"):
                 time.sleep(0.05)
@@ -306,6 +306,8 @@ def test_a_sweep_of_real_runs(corpus, tmp_path, write_yaml, in_child):
         def main():
             if stop:
                 threading.Thread(target=stop_at_work, daemon=True).start()
+            else:  # no signal is sent to what is started then
+                sys.executable = str(warm_python)
             sys.argv = ["sweep.py", "--config", str(file), *args]
             sweep_script.main()
 
@@ -337,4 +339,4 @@ def test_a_sweep_of_real_runs(corpus, tmp_path, write_yaml, in_child):
     assert len(listed) == 2 and "other settings" in listed[0] and "done" in listed[1] and "python train_teacher.py --config" in listed[1]
     assert sweep_of(["student", "teacher"], "--count").stdout == "2\n"
     assert "numbered from 0" in sweep_of(["student", "teacher"], "--run", "2").stderr
-    assert sweep_of(["student", "teacher"], "--run", "1").stdout.startswith(f"[1/1] {root / 'teacher-s1'}: done")
+    assert sweep_of(["student", "teacher"], "--run", "1").stdout.startswith(f"[2/2] {root / 'teacher-s1'}: done")
