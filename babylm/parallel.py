@@ -71,7 +71,7 @@ def require_same_view(folder: RunFolder, data: dict[str, str]) -> None:
     views = gather_object([mine])
     main = views[0]
     for rank, view in enumerate(views):
-        if not view["seen"] or view["resume_from"] != main["resume_from"]:
+        if (view["seen"], view["resume_from"]) != (main["seen"], main["resume_from"]):
             raise UserError(f"process {rank} on {view['host']} does not see {folder.root} as process 0 on {main['host']} does: all nodes "
                             "need the run folder, so put output= on a file system that they share")
         if changed := [name for name, value in view["data"].items() if main["data"].get(name) != value]:

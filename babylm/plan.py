@@ -292,6 +292,8 @@ class Plan:
         if not (self.folder.main or distiller.sharded):  # all must take part where weights are gathered
             return
         found = activations(distiller, self.data, self.per_device, training.precision, self.device)
+        if distiller.sharded:
+            distiller.reshard()  # no backward pass has done it
         here, other = (found.get(on) for on in (training.gradient_checkpointing, not training.gradient_checkpointing))
         weights = storage_bytes([*distiller.parameters(), *distiller.buffers()])
         trained = storage_bytes([parameter for _, parameter in trainable_parameters(distiller)])
@@ -369,6 +371,8 @@ class Plan:
             batch = {name: torch.stack([block[name] for block in blocks]).to(self.device) for name in blocks[0] if name != "domains"}
             with torch.autocast(self.device.type, dtype=AUTOCAST[training.precision], enabled=training.precision != "fp32"):
                 distiller.token_terms(**batch)
+            if distiller.sharded:
+                distiller.reshard()
 
         micro, count = per_sequence(micro_step, self.per_device, self.device)
         optimizer_step()  # its moments are made in the first one

@@ -138,6 +138,13 @@ def one(home, in_process):
 # ---- The same run, however it is spread -----------------------------------------------------------------------------
 
 
+def test_a_dry_run_of_sharded_processes(home, on_processes):
+    """All take part where weights are gathered, in as many micro-steps; one speaks, and nothing is written."""
+    main, other = on_processes(2, "train_student", "--config", home / "run.yaml", "name=dry", "training.fsdp=true", "--dry_run")
+    assert "in each process" in main and "on 2 processes" in main and "nothing was written" in main and "memory" not in other
+    assert not (home / "models/dry").exists()
+
+
 def test_four_processes_then_one_then_two_train_what_one_does(home, one, on_processes):
     """Stopped by a signal to a single process each time. Four processes begin with nothing built."""
     run, built = home / "models" / "spread", home / "corpus" / "tokens"
