@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from babylm import models, teacher_cache, training
+from babylm import models, plan, teacher_cache, training
 from babylm.config import DistillationSection, TeacherEntry
 from babylm.distillation import CROSS_ENTROPY, Distiller, Teacher, state_key
 from babylm.losses import LogitObjective
@@ -116,7 +116,7 @@ class Bench:
             teacher = self.teachers[number]
             folder = teacher_cache.TeacherFolder(self.folder / f"teacher{number}-{precision}", precision, {})
             blocks = teacher_cache.Blocks("benchmark", self.shape.batch, {"seq_len": self.shape.seq_len}, lambda block: self.blocks[block])
-            teacher_cache._capture(teacher, folder, blocks, [teacher.depth], self.shape.batch, teacher_cache.AUTOCAST[precision],
+            teacher_cache._capture(teacher, folder, blocks, [teacher.depth], self.shape.batch, plan.AUTOCAST[precision],
                                    torch.device(self.device), StopRequest())
             shape = (self.shape.batch, self.shape.seq_len - 1, teacher.width)
             self.cached_files[number, precision] = np.memmap(folder.file(blocks, teacher.depth), mode="r", shape=shape,
