@@ -79,10 +79,28 @@ wait_for_child() {
     code=0
     wait "$child" || code=$?
     ((signals > before)) || break # not interrupted: this is the child's own code
+    # SLURM kills a cancelled job after KillWait, which may be before its srun has ended: say it while there is time.
+    ! is_cancelled || set_status failed "cancelled by scancel while it was at work"
     [ -n "$repeater" ] || { repeat_signal & repeater=$!; }
   done
   [ -z "$repeater" ] || kill "$repeater" 2> /dev/null || true
   return "$code"
+}
+
+# requeued_by_slurm: whether SLURM itself is putting this job back into the queue (scontrol requeue, a higher priority).
+requeued_by_slurm() {
+  local restarts
+  restarts=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' || true)
+  ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
+}
+
+# is_cancelled: whether this job is ending by scancel; the time limit ends it, too, but then it may go on later.
+is_cancelled() {
+  local shown state cause
+  shown=$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)
+  state=$(sed -n 's/.* JobState=\([^ ]*\).*/\1/p' <<< "$shown")
+  cause=$(sed -n 's/.* JobState=[^ ]* Reason=\([^ ]*\).*/\1/p' <<< "$shown")
+  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$cause" != TimeLimit ] && ! requeued_by_slurm
 }
 
 repeat_signal() {
@@ -138,20 +156,14 @@ run_resumable() {
 
 # back_into_the_queue: the end of a preempted job. Never exit code 75: where RequeueExit=75 is set, that would go on without a bound.
 back_into_the_queue() {
-  local count=${SLURM_RESTART_COUNT:-0} shown reason job_state restarts cause
+  local count=${SLURM_RESTART_COUNT:-0} reason
   reason=$(status_field reason)
   reason=${reason:-preempted}
-  shown=$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)
-  job_state=$(sed -n 's/.* JobState=\([^ ]*\).*/\1/p' <<< "$shown")
-  restarts=$(sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' <<< "$shown")
-  cause=$(sed -n 's/.* JobState=[^ ]* Reason=\([^ ]*\).*/\1/p' <<< "$shown")
-  if ((${restarts:-0} > count)); then
+  if requeued_by_slurm; then
     echo "slurm/job.sh: SLURM itself has put job $job back into the queue"
     exit 1 # nobody reads it: the job waits again
   fi
-  if [ -n "$job_state" ] && [ "$job_state" != RUNNING ] && [ "$cause" != TimeLimit ]; then
-    fail "cancelled: $reason"
-  fi
+  ! is_cancelled || fail "cancelled: $reason"
   if ((count >= MAX_REQUEUES)); then
     fail "given up after $count requeues (MAX_REQUEUES): $reason"
   fi
