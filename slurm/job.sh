@@ -55,7 +55,13 @@ fail() {
 
 at_exit() {
   local code=$?
-  [ -z "$at_work" ] || set_status failed "the batch script ended with code $code; its log says why"
+  [ -n "$at_work" ] || return 0
+  trap '' TERM USR1 # what is started here must not die of the signal that ended this script
+  if is_cancelled; then
+    set_status failed "cancelled by scancel while it was at work"
+  else
+    set_status failed "the batch script ended with code $code; its log says why"
+  fi
 }
 trap at_exit EXIT
 
@@ -130,7 +136,8 @@ run_resumable() {
   else
     code=$PREEMPTED_EXIT
   fi
-  state=$(status_field state)
+  # Once more where a signal to all of the job's processes, this script's children too, came just then.
+  state=$(status_field state) || state=$(status_field state)
   case $state in
     done | failed | preempted) ;;
     # The stage has not said how it ended: it was killed, or it had not begun, or it keeps no status.
@@ -157,7 +164,7 @@ run_resumable() {
 # back_into_the_queue: the end of a preempted job. Never exit code 75: where RequeueExit=75 is set, that would go on without a bound.
 back_into_the_queue() {
   local count=${SLURM_RESTART_COUNT:-0} reason
-  reason=$(status_field reason)
+  reason=$(status_field reason) || reason=$(status_field reason)
   reason=${reason:-preempted}
   if requeued_by_slurm; then
     echo "slurm/job.sh: SLURM itself has put job $job back into the queue"
