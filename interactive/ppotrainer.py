@@ -24,9 +24,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from babylm.config import KLSection, RLConfig
+from babylm.plan import accumulation_steps
 from babylm.run_folder import write_json
 from babylm.schema import UserError
-from babylm.training import accumulation_steps
 from interactive.rehearsal import rehearse
 from interactive.rl_run import RLRun, load_state, save_state, tracked
 from interactive.rollout import (
