@@ -75,6 +75,15 @@ def run_stage_1(config, *overrides):
         combine_babylm.main()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """No file's tests leave variables behind, as gradio does: warm_python would start cold for all that follow in this process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def write_yaml():
     """write_yaml(path, values) -> path."""
