@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from babylm import sweeps
+from babylm import sweep_report, sweeps
 from babylm.run_folder import run_stage
 from babylm.schema import UserError, check, read_yaml
 
@@ -47,7 +47,7 @@ def main() -> None:
         for number, run in enumerate(runs):
             print(f"{number:>3}  {run.state():<14}  {run.folder}:  python {run.stage} --config {run.source} {' '.join(run.overrides)}")
     elif args.report:
-        print("wrote", *sweeps.report(sweep, runs, args.results or Path("results") / sweep.name))
+        print("wrote", *sweep_report.report(sweep, runs, args.results or Path("results") / sweep.name))
     else:
         sys.exit(sweeps.Runner(runs, args.jobs, only=args.run).run())
 

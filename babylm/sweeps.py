@@ -1,6 +1,6 @@
-"""A sweep: axes of values and seeds over a base config, every combination an ordinary run folder; and its report.
+"""A sweep: axes of values and seeds over a base config, every combination an ordinary run folder.
 
-sweep.py is the command. A sweep's YAML:
+sweep.py is the command, sweep_report.py what came out. A sweep's YAML:
 
     name: lambda                        # runs go to <output>/<name>/<run>
     stage: train_student.py
@@ -18,15 +18,11 @@ sweep.py is the command. A sweep's YAML:
 
 import contextlib
 import copy
-import csv
-import io
 import itertools
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -34,17 +30,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator, model_validator
-from scipy import special
 
-from babylm import figures
 from babylm.config import STAGES, RunConfig
-from babylm.run_folder import PREEMPTED_EXIT, read_finished, write_text
+from babylm.run_folder import PREEMPTED_EXIT, read_finished
 from babylm.schema import Section, UserError, apply_override, check, differing, identity, key, milestone_words, parse_word_count, read_yaml
 
 SCHEMAS = {script: schema for script, schema in STAGES.items() if issubclass(schema, RunConfig)}  # those that make a run folder
@@ -108,6 +102,13 @@ class SweepConfig(Section):
 def label_of(value: Any) -> str:
     """A value as it stands in names and tables: 0.5, 250K, true."""
     return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+
+
+def number_of(label: str) -> float | None:
+    """A label as a number (250K is one), or None."""
+    with contextlib.suppress(ValueError):
+        return float(parse_word_count(label))
+    return None
 
 
 # ---- The runs -------------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
 
 def _run_name(labels: dict[str, str], named: set[str], seed: int) -> str:
     """alpha0p5-KD-s1: no dots, because evaluation cuts names there; a number, or the value of a key, after what it is of."""
-    parts = [label if axis in named and _number(label) is None else axis.split(".")[-1] + label for axis, label in labels.items()]
+    parts = [label if axis in named and number_of(label) is None else axis.split(".")[-1] + label for axis, label in labels.items()]
     return re.sub(r"[^\w-]+", "_", "-".join(parts).replace(".", "p")) + f"-s{seed}"
 
 
@@ -365,195 +366,3 @@ class Runner:
 
     def _say(self, line: str) -> None:
         os.write(1, f"{line}\n".encode())  # one piece, from any thread or signal
-
-
-# ---- The report -----------------------------------------------------------------------------------------------------
-
-MEASURES = {"ce": ("validation CE", 3), "perplexity": ("perplexity", 1)}  # evaluation scores have names of their own, and two digits
-
-
-@dataclass
-class Point:
-    """The runs of one combination, which differ in their seed alone.
-
-    labels: {axis: its value}; values: {measure: {seed: value}}; control: the point it is compared with, None if it is one itself.
-    """
-
-    labels: dict[str, str]
-    values: dict[str, dict[int, float]] = field(default_factory=dict)
-    control: "Point | None" = None
-
-    def differences(self, measure: str) -> list[float]:
-        """This point minus its control, for every seed that both have."""
-        theirs = self.control.values.get(measure, {}) if self.control else {}
-        return [value - theirs[seed] for seed, value in self.values.get(measure, {}).items() if seed in theirs]
-
-    def mean(self, measure: str) -> float:
-        """Over seeds; NaN without a value."""
-        return statistics.fmean(self.values.get(measure, {}).values() or [math.nan])
-
-
-def collect(runs: Sequence[PlannedRun], results: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row per run, what was noticed): its place in the grid, its state and, if it is done, what it reached.
-
-    Validation CE is that of run/scores.json (`python -m babylm.scoring`: the whole validation part) if every finished run has
-    it, else that of the end of training (data.eval_blocks of it). Scores are those of results/<run>/main (`python -m eval.zero_shot`).
-    """
-    done = [run for run in runs if run.state() == "done"]
-    scored = [run.folder / "run" / "scores.json" for run in done]
-    whole = bool(scored) and all(path.is_file() for path in scored)
-    notes = [f"validation CE is that of {'run/scores.json (the whole validation part)' if whole else 'the end of training'}"]
-    if not whole and any(path.is_file() for path in scored):
-        notes.append("some runs have a run/scores.json and some have none, so none was used")
-    rows = []
-    for run in runs:
-        row: dict[str, Any] = {"run": run.name, **run.labels, "seed": run.seed, "state": run.state()}
-        if run in done:
-            finished = read_finished(run.folder)
-            found = json.loads((run.folder / "run" / "scores.json").read_text(encoding="utf-8")) if whole else finished
-            row |= {name: finished[name] for name in ("steps", "words_seen", "parameters", "seconds") if name in finished}
-            row |= {"ce": found["ce"], "perplexity": math.exp(found["ce"])}
-            ended = (run.folder / "run" / "finished.json").stat().st_mtime
-            notes += [f"{run.name} was finished before {place.name}, which it reads, was: made again since?" for place in run.reads()
-                      if (other := place / "run" / "finished.json").is_file() and other.stat().st_mtime > ended]
-            summary = results / run.name / "main" / "zero_shot" / "causal" / "summary.json"
-            if summary.is_file() and summary.stat().st_mtime < ended:
-                notes.append(f"{summary} is older than the run: not used; score it again")
-            elif summary.is_file():
-                row |= {name: entry["score"] for name, entry in json.loads(summary.read_text(encoding="utf-8"))["tasks"].items()}
-        else:
-            notes.append(f"{run.name} is not done ({row['state']}): it is in no mean")
-        rows.append(row)
-    return rows, notes
-
-
-def points_of(sweep: SweepConfig, runs: Sequence[PlannedRun], rows: Sequence[dict[str, Any]]) -> list[Point]:
-    """The combinations of the grid in its order, each with its values over seeds and its control."""
-    points: dict[tuple, Point] = {}
-    for run, row in zip(runs, rows, strict=True):
-        point = points.setdefault(tuple(run.labels.values()), Point(run.labels))
-        for measure in measures_of([row]):
-            point.values.setdefault(measure, {})[run.seed] = row[measure]
-    for point in points.values():
-        labels = {**point.labels, **{axis: label_of(value) for axis, value in sweep.control.items()}}
-        if sweep.control and labels != point.labels:
-            point.control = points[tuple(labels.values())]
-    return list(points.values())
-
-
-def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """ce, perplexity and the evaluation scores that any row has."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return names[names.index("ce"):] if "ce" in names else []
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """(mean, half the 95 % confidence interval by Student's t over seeds); NaN for the second with one seed."""
-    if len(differences) < 2:
-        return statistics.fmean(differences), math.nan
-    quantile = float(special.stdtrit(len(differences) - 1, 0.975))
-    return statistics.fmean(differences), quantile * statistics.stdev(differences) / math.sqrt(len(differences))
-
-
-def table(sweep: SweepConfig, points: Sequence[Point], measures: Sequence[str]) -> str:
-    """Markdown: a row per combination; mean ± standard deviation over seeds, difference to the control ± 95 % interval."""
-    compared = any(point.control for point in points)
-    heads, best = [], best_of(points)
-    for measure in measures:
-        title = MEASURES.get(measure, (measure, 2))[0]
-        heads += [title, f"{title} - control"] if compared and measure != "perplexity" else [title]
-    lines = [f"| {' | '.join([*sweep.grid, 'seeds', *heads])} |", "|" + "---|" * (len(sweep.grid) + 1 + len(heads))]
-    for point in points:
-        cells = [*point.labels.values(), str(len(point.values.get("ce", {})))]
-        for measure in measures:
-            digits, values = MEASURES.get(measure, (measure, 2))[1], list(point.values.get(measure, {}).values())
-            mean = f"{point.mean(measure):.{digits}f}" if values else "-"
-            mean = f"**{mean}**" if point is best and measure == "ce" else mean
-            cells.append(mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""))
-            if compared and measure != "perplexity":
-                differences = point.differences(measure)
-                middle, half = interval(differences) if differences else (math.nan, math.nan)
-                shown = f"{middle:+.{digits}f} ± {half:.{digits}f}" if not math.isnan(half) else f"{middle:+.{digits}f}"
-                shown += f" ({len(differences)} seeds)" if 1 <= len(differences) < len(values) else ""
-                cells.append(shown if differences else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def best_of(points: Sequence[Point]) -> Point | None:
-    """The point of lowest mean validation CE, of those that have most seeds: the weighted loss of another weighting is another quantity."""
-    most = max(len(point.values.get("ce", {})) for point in points)
-    done = [point for point in points if len(point.values.get("ce", {})) == most > 0]
-    return min(done, key=lambda point: point.mean("ce"), default=None)
-
-
-def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> list[Path]:
-    """Write report.csv (a row per run), report.md and, for one or two numeric axes, a figure into the sweep's folder; print the table."""
-    rows, notes = collect(runs, results)
-    points = points_of(sweep, runs, rows)
-    measures = measures_of(rows)
-    if not measures:
-        raise UserError(f"none of the {len(runs)} runs in {sweep.root} is done: python sweep.py --config <this file> runs them")
-    with_seeds = any(len(point.values.get("ce", {})) > 1 for point in points)
-    best = best_of(points)
-    text = [f"# {sweep.name}", "", table(sweep, points, measures), "",
-            "Mean ± standard deviation over seeds" + ("" if with_seeds else " (one seed: none)")
-            + ("; differences to " + ", ".join(f"{axis} {label_of(value)}" for axis, value in sweep.control.items())
-               + " at the same seed, ± 95 % interval (Student's t over seeds; these cover what differs between seeds, not the text and the "
-               "teachers that all share, and are not corrected for their number)" if sweep.control else "") + ".",
-            "Best by validation CE: " + ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
-            + " (chosen on the text that it is reported on).", "",
-            *(f"- {note}" for note in notes)]
-    if measures == ["ce", "perplexity"]:
-        text.append(f"- no evaluation scores; to make some: python -m eval.zero_shot {sweep.root}/*/ --output {results} --data <its data>")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    written = [sweep.root / "report.csv", sweep.root / "report.md"]
-    for path, content in zip(written, (stream.getvalue(), "\n".join(text) + "\n"), strict=True):
-        write_text(path, content)
-    print("\n".join(text))
-    if figure := draw(points):
-        written += figures.save(figure, sweep.root / "report")
-    return written
-
-
-def numeric_axes(points: Sequence[Point]) -> dict[str, list[str]]:
-    """{axis: its labels, ascending} of the axes whose labels are all numbers (250K is one) and of which there are several."""
-    found = {axis: list(dict.fromkeys(point.labels[axis] for point in points)) for axis in points[0].labels}
-    return {axis: sorted(labels, key=_number) for axis, labels in found.items()
-            if len(labels) > 1 and all(_number(label) is not None for label in labels)}
-
-
-def draw(points: Sequence[Point]) -> Any:
-    """Validation CE over the numeric axes: a line per other combination for one, a heat map each for two; else None."""
-    axes = numeric_axes(points)
-    if len(axes) not in (1, 2):
-        return None
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        groups.setdefault(", ".join(label for axis, label in point.labels.items() if axis not in axes), []).append(point)
-    if len(axes) == 1:
-        [axis] = axes
-        lines = {name: [(_number(point.labels[axis]), list(point.values.get("ce", {}).values())) for point in group]
-                 for name, group in groups.items()}
-        return figures.lines_figure(lines, _short(axis), "validation CE (nats/token)")
-    (rows, row_labels), (columns, column_labels) = axes.items()
-    maps = {}
-    for name, group in groups.items():
-        cells = {(point.labels[rows], point.labels[columns]): point.mean("ce") for point in group}
-        maps[name] = [[cells.get((row, column), math.nan) for column in column_labels] for row in row_labels]
-    return figures.heat_map(maps, (_short(rows), row_labels), (_short(columns), column_labels), "validation CE (nats/token)")
-
-
-def _short(axis: str) -> str:
-    """A config key without its section: distillation.hidden.weight -> hidden.weight."""
-    return axis.partition(".")[2] or axis
-
-
-def _number(label: str) -> float | None:
-    with contextlib.suppress(ValueError):
-        return float(parse_word_count(label))
-    return None

@@ -16,10 +16,11 @@ import yaml
 from PIL import Image
 
 import sweep as sweep_script
-from babylm import figures, sweeps
+from babylm import figures, sweep_report, sweeps
 from babylm.config import StudentConfig
 from babylm.schema import UserError, check, identity, read_yaml
-from babylm.sweeps import SweepConfig, interval, plan
+from babylm.sweep_report import interval
+from babylm.sweeps import SweepConfig, plan
 
 ROOT = Path(sweep_script.__file__).parent
 BASE = {"name": "base", "output": "elsewhere", "seed": 5, "model": {"layers": 1, "width": 16, "heads": 2, "max_positions": 64},
@@ -184,7 +185,7 @@ def reported(sweep, tmp_path, capsys):
             folder.mkdir(parents=True)
             (folder / "summary.json").write_text(json.dumps({"tasks": {"blimp_fast": {"score": score}}}))
         capsys.readouterr()
-        sweeps.report(made, runs, tmp_path / "results")
+        sweep_report.report(made, runs, tmp_path / "results")
         root = tmp_path / made.name
         return list(csv.DictReader((root / "report.csv").open())), (root / "report.md").read_text(), capsys.readouterr().out
 
