@@ -10,7 +10,7 @@ sweep.py is the command, sweep_report.py what came out. A sweep's YAML:
       distillation.temperature: [1, 2]  # a config key and its values,
       method:                           # or points with names, each with any keys (also stage and config);
         CE: {stage: train_baseline.py, config: configs/10M/baseline.yaml}
-        KD: {distillation.teacher: "models/teacher-{words}"}     # {axis} stands for the value of another axis
+        KD: {distillation.teacher: "models/teacher-{words}"}     # {axis} stands for the value of another axis, {seed} for the seed
       words: {250K: {data.corpus: corpus_250K}, 1M: {data.corpus: corpus_split}}
     seeds: [1, 2, 3]
     control: {method: CE}               # what the other values of that axis are compared with, seed by seed
@@ -224,7 +224,7 @@ def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
             raise UserError(f"{', '.join(clash)}: given by the sweep itself, for every run; write `seeds`, `name` or `output` of the sweep")
         for seed in sweep.seeds or [base.get("seed", 0)]:
             name = _run_name(labels, named, seed)
-            given = [f"{path}={_written(value, labels)}" for path, value in keys.items()]
+            given = [f"{path}={_written(value, {**labels, 'seed': str(seed)})}" for path, value in keys.items()]
             given += [*overrides, f"seed={seed}", f"name={name}", f"output={sweep.root}"]
             keyed = copy.deepcopy(base)
             try:
@@ -247,7 +247,7 @@ def _run_name(labels: dict[str, str], named: set[str], seed: int) -> str:
 
 
 def _written(value: Any, labels: dict[str, str]) -> str:
-    """A value as an override has it; {axis} in a text becomes that axis' label."""
+    """A value as an override has it; {axis} in a text becomes that axis' label, {seed} the seed."""
     text = json.dumps(value)
     for axis, label in labels.items():
         text = text.replace("{" + axis + "}", label)

@@ -63,7 +63,7 @@ def test_a_grid_is_every_combination_with_every_seed(sweep, tmp_path):
 def test_points_have_names_and_may_be_of_several_stages(sweep, tmp_path):
     made = sweep({"words": {"250K": {"data.corpus": "small"}, "1M": {"data.corpus": "large"}},
                   "method": {"teacher": {"stage": "train_teacher.py", "config": str(tmp_path / "baseline.yaml")},
-                             "KD": {"distillation.teacher": str(tmp_path / "s" / "words{words}-teacher-s5")}}})
+                             "KD": {"distillation.teacher": str(tmp_path / "s" / "words{words}-teacher-s{seed}")}}})
     runs = plan(made)
     assert [run.name for run in runs] == ["words250K-teacher-s5", "words250K-KD-s5", "words1M-teacher-s5", "words1M-KD-s5"]
     assert [run.stage for run in runs] == ["train_teacher.py", "train_student.py"] * 2
