@@ -9,7 +9,8 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,12 +243,10 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
         head = head.modules_to_save[head.active_adapter] if isinstance(head.active_adapter, str) else None
     if type(head) is not nn.Linear or body is base:
         return body, None
-    was_training = model.training
-    with torch.no_grad():
+    with torch.no_grad(), mode(model, training=False):
         ids = torch.arange(4, device=head.weight.device)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        whole, halves = model.eval()(**inputs).logits, head(body(**inputs).last_hidden_state)
-    model.train(was_training)
+        whole, halves = model(**inputs).logits, head(body(**inputs).last_hidden_state)
     return body, head if torch.allclose(whole, halves, rtol=1e-4, atol=1e-5) else None
 
 
@@ -268,6 +267,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
 def state_widths(config: transformers.PretrainedConfig) -> list[int]:
     """Width of each hidden state of a model, from the embeddings to what the head reads; MoE-P's differ."""
     return getattr(config, "hidden_state_sizes", [config.hidden_size] * (config.num_hidden_layers + 1))
+
+
+@contextmanager
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """With a module in training mode, or in that of evaluation; afterwards each of its parts is as it was."""
+    before = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, was_training in before:
+            part.training = was_training
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -407,10 +418,8 @@ def largest_logit_difference(first: nn.Module, second: nn.Module, input_ids: tor
     """Largest |difference| between two models' logits on `input_ids` [B, T], relative to the largest |logit|."""
     outputs = []
     for model in (first, second):
-        was_training = model.training
-        device = next(model.parameters()).device
-        outputs.append(model.eval()(input_ids=input_ids.to(device)).logits.float().cpu())
-        model.train(was_training)
+        with mode(model, training=False):
+            outputs.append(model(input_ids=input_ids.to(next(model.parameters()).device)).logits.float().cpu())
     return float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp(min=1e-30))
 
 

@@ -130,7 +130,7 @@ def stand_in_batch(distiller: Distiller, data: "Data", count: int, device: torch
 
 def saved_bytes(distiller: Distiller, batch: dict[str, torch.Tensor], precision: str) -> int:
     """Bytes of all that a micro-step's forward pass saves for its backward pass."""
-    with training_mode(distiller), uncompiled(distiller):
+    with models.mode(distiller, training=True), uncompiled(distiller):
         return saved_by(lambda: forward(distiller, batch, precision), weight_tensors(distiller))
 
 
@@ -185,17 +185,6 @@ def forward(distiller: Distiller, batch: dict[str, torch.Tensor], precision: str
 def uncompiled(distiller: Distiller) -> AbstractContextManager:
     """Without torch.compile, which takes minutes for a shape. (Importing what switches it off takes a second, so only where it is on.)"""
     return torch.compiler.set_stance("force_eager") if distiller.compiled else nullcontext()
-
-
-@contextmanager
-def training_mode(module: torch.nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.train()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from babylm import models
@@ -30,6 +31,35 @@ Terms = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]  # {"input_
 
 
 # ---- Validation text ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(distiller: Distiller, blocks: EvalBlocks, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """Mean CE, and every other figure of the distiller, over all predicted tokens of the blocks, as `means` returns them.
+
+    Each process takes its share of the batches and the sums are added, so the figures do not depend on the number of processes, which
+    must all call it.
+    """
+    state = PartialState()
+    first, stride = state.process_index * batch_size, state.num_processes * batch_size
+    mine = [range(start, min(start + batch_size, len(blocks))) for start in range(first, len(blocks), stride)]
+
+    def terms(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return distiller.token_terms(**batch)
+
+    with models.mode(distiller, training=False):
+        counts, sums = domain_sums(terms, blocks, mine, device)
+        if distiller.sharded:  # processes with a batch less help the others to gather weights
+            missing = -(-len(blocks) // stride) - len(mine)
+            domain_sums(terms, blocks, [range(1)] * missing, device)
+            distiller.reshard()  # what the backward pass does in training
+    # A process without blocks has no terms, but must join the sum: the names are the same everywhere.
+    names = distiller.columns()
+    table = torch.stack([counts] + [sums.get(name, torch.zeros_like(counts)) for name in names])
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(table)
+    counts, *columns = table.cpu()
+    return means(counts, dict(zip(names, columns, strict=True)), blocks.store.domains)
 
 
 @torch.no_grad()
@@ -108,9 +138,7 @@ def sentence_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
             raise UserError(f"the model has {limit} positions, but this sentence has {len(ids)} tokens: {sentence[:80]!r}")
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     result = np.zeros(len(encoded))
-    device, was_training = model.device, model.training
-    model.eval()
-    start = 0
+    device, start = model.device, 0
     while start < len(order):
         stop = start + 1
         while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]]) <= batch_tokens:
@@ -122,11 +150,11 @@ def sentence_logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         for row, index in enumerate(batch):
             ids[row, : len(encoded[index])] = torch.tensor(encoded[index])
             mask[row, : len(encoded[index])] = 1
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1].float()
+        with models.mode(model, training=False):
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1].float()
         token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="none").view(len(batch), -1)
         result[batch] = -(token.double() * mask[:, 1:].to(device)).sum(1).cpu().numpy()
         start = stop
-    model.train(was_training)
     if not np.isfinite(result).all():
         first = sentences[int(np.argmin(np.isfinite(result)))]
         raise UserError(f"the model gives log-probabilities that are not finite (first: {first!r})")
@@ -299,12 +327,10 @@ def score_model(folder: Path, store: TokenStore, data_tokenizer: PreTrainedToken
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     models.require_same_vocabulary(str(folder), data_tokenizer, "model")
     blocks = EvalBlocks(store, seq_len, len(store))
-    batches = [range(i, min(i + 16, len(blocks))) for i in range(0, len(blocks), 16)]
-    distiller = Distiller(model)
-    counts, sums = domain_sums(lambda batch: distiller.token_terms(**batch), blocks, batches, model.device)
+    ce = validate(Distiller(model), blocks, 16, model.device)
     pairs = pair_accuracy(rows, lambda sentences: sentence_logprobs(model, tokenizer, sentences)) if rows else None
     finished = read_finished(folder) or {}
-    return score(means(counts, sums, store.domains), pairs, name=folder.name, kind="neural", parameters=models.count_parameters(model),
+    return score(ce, pairs, name=folder.name, kind="neural", parameters=models.count_parameters(model),
                  words_seen=finished.get("words_seen"), seconds=finished.get("seconds"))
 
 

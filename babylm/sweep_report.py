@@ -150,8 +150,8 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> lis
     text = [f"# {sweep.name}", "", table(sweep, points, measures), "",
             "Mean ± standard deviation over seeds" + ("" if with_seeds else " (one seed: none)")
             + ("; differences to " + ", ".join(f"{axis} {label_of(value)}" for axis, value in sweep.control.items())
-               + " at the same seed, ± 95 % interval (Student's t over seeds; these cover what differs between seeds, not what all share, such as "
-               "the text, and are not corrected for their number)" if sweep.control else "") + ".",
+               + " at the same seed, ± 95 % interval (Student's t over seeds; these cover what differs between seeds, not what all "
+               "share, such as the text, and are not corrected for their number)" if sweep.control else "") + ".",
             "Best by validation CE: " + ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
             + " (chosen on the text that it is reported on).", "",
             *(f"- {note}" for note in notes)]

@@ -125,6 +125,28 @@ def milestone_sets(config: RunConfig) -> list[tuple[Any, Path]]:
     return at_milestones.open_sets(config.training.eval_tasks, Path(config.training.eval_data), config.training.eval_suite)
 
 
+def require_sets_fit(sets: Sequence[tuple[Any, Path]], tokenizer: PreTrainedTokenizerFast, model: torch.nn.Module) -> None:
+    """UserError if a text of `milestone_sets` is longer than the model has positions for."""
+    if sets:
+        from eval import at_milestones
+
+        at_milestones.require_fits(sets, tokenizer, getattr(model.config, "max_position_embeddings", None))
+
+
+def score_milestones(folder: RunFolder, reached: Sequence[str], where: dict[str, Any], model: torch.nn.Module,
+                     tokenizer: PreTrainedTokenizerFast, sets: Sequence[tuple[Any, Path]]) -> str:
+    """Score a model on `milestone_sets`: a row in metrics.jsonl for each milestone that this step reached. Returns a line for the user."""
+    from eval import at_milestones
+
+    began = time.monotonic()
+    found = at_milestones.scores(model, tokenizer, sets)
+    for name in reached:
+        folder.append_metrics({"kind": "scores", **where, "name": name, "tasks": found})
+    return "  scores: " + " | ".join(
+        f"{name} {entry['score']:.2f} ± {entry['se']:.2f}" + (f" ({entry['ties']:.1%} ties)" if entry["ties"] else "")
+        for name, entry in found.items()) + f" | {time.monotonic() - began:.1f} s"
+
+
 @dataclass
 class Data:
     """What a run reads: the tokenizer, all training items in order, and a fixed sample for validation."""
@@ -171,10 +193,8 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     for teacher in distiller.teachers:
         if teacher.model is not None:
             require_positions(f"teacher {teacher.entry.path}", teacher.model, config.data.seq_len)
-    if sets := milestone_sets(config):
-        from eval import at_milestones
-
-        at_milestones.require_fits(sets, data.tokenizer, getattr(distiller.student.config, "max_position_embeddings", None))
+    sets = milestone_sets(config)
+    require_sets_fit(sets, data.tokenizer, distiller.student)
     per_device, accumulation = accumulation_steps(config, state.num_processes)
     steps = len(data.train) // config.training.batch_size
     plan = Plan(config, folder, data, distiller, steps, per_device, accumulation, device)
@@ -314,29 +334,10 @@ class DistillTrainer(Trainer):
 
     # -- validation
 
-    @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Validate: mean CE (and KL) over all predicted tokens of the fixed blocks, in nats, overall and per domain.
-
-        Each process takes its share of the blocks and the sums are added, so the figures do not depend on their number.
-        """
-        distiller, blocks, batch = self.model, self.data.val, self.args.per_device_train_batch_size
-        was_training = distiller.training
-        distiller.eval()
-        first, stride = self.args.process_index * batch, self.args.world_size * batch
-        mine = [range(start, min(start + batch, len(blocks))) for start in range(first, len(blocks), stride)]
+        """Validate: mean CE (and KL) over all predicted tokens of the fixed blocks, in nats, overall and per domain."""
         with self.accelerator.autocast():
-            counts, sums = scoring.domain_sums(lambda batch: distiller.token_terms(**batch), blocks, mine, self.args.device)
-            if distiller.sharded:  # processes with a batch less help the others to gather weights
-                missing = -(-len(blocks) // stride) - len(mine)
-                scoring.domain_sums(lambda batch: distiller.token_terms(**batch), blocks, [range(1)] * missing, self.args.device)
-                distiller.reshard()  # what the backward pass does in training
-        distiller.train(was_training)
-        # A process without blocks has no terms, but must join the sum: the names are the same everywhere.
-        names = distiller.columns()
-        table = torch.stack([counts] + [sums.get(name, torch.zeros_like(counts)) for name in names])
-        counts, *columns = self.accelerator.reduce(table, "sum").cpu()
-        return scoring.means(counts, dict(zip(names, columns, strict=True)), blocks.store.domains)
+            return scoring.validate(self.model, self.data.val, self.args.per_device_train_batch_size, self.args.device)
 
     def _evaluate(self, *_: Any, **__: Any) -> dict[str, Any]:
         began = time.monotonic()
@@ -535,21 +536,10 @@ class DistillTrainer(Trainer):
             self.folder.append_metrics({"kind": "milestone", **self._where(), "name": name})
             self._say(f"  milestone {name} at step {step:,} ({now:,} words)")
         if self.sets and self.folder.main:
-            self._score_milestones(student, reached)
+            began = time.monotonic()
+            self._say(score_milestones(self.folder, reached, self._where(), student, self.data.tokenizer, self.sets))
+            self._window_began += time.monotonic() - began  # not part of the training speed
         self.accelerator.wait_for_everyone()
-
-    def _score_milestones(self, student: Any, reached: list[str]) -> None:
-        """Score the student on the sets of training.eval_tasks: a row for each milestone that this step reached."""
-        from eval import at_milestones
-
-        began = time.monotonic()
-        found = at_milestones.scores(student, self.data.tokenizer, self.sets)
-        self._window_began += time.monotonic() - began  # not part of the training speed
-        for name in reached:
-            self.folder.append_metrics({"kind": "scores", **self._where(), "name": name, "tasks": found})
-        self._say("  scores: " + " | ".join(
-            f"{name} {entry['score']:.2f} ± {entry['se']:.2f}" + (f" ({entry['ties']:.1%} ties)" if entry["ties"] else "")
-            for name, entry in found.items()) + f" | {time.monotonic() - began:.1f} s")
 
     def finish(self) -> None:
         """The configured end is reached: the final model goes to the root, then finished.json says so."""

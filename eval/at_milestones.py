@@ -77,14 +77,10 @@ def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sets: Seq
     Training goes on afterwards as if nothing had happened: every module returns to the mode it was in, and random numbers that
     are drawn here are not missing there.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device, tokenizer = model.device, as_saved(tokenizer)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), tempfile.TemporaryDirectory() as files:
-        try:
-            scorer = Scorer(model.eval())
-            found = {folder.name: zero_shot.score_set(task, folder, Path(files, folder.name), scorer, tokenizer, "causal", {})
-                     for task, folder in sets}
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    with (torch.random.fork_rng([device] if device.type == "cuda" else []), tempfile.TemporaryDirectory() as files,
+          models.mode(model, training=False)):
+        scorer = Scorer(model)
+        found = {folder.name: zero_shot.score_set(task, folder, Path(files, folder.name), scorer, tokenizer, "causal", {})
+                 for task, folder in sets}
     return {name: {key: entry[key] for key in KEPT} for name, entry in found.items()}

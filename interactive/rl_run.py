@@ -101,10 +101,7 @@ class RLRun:
         self.val, self.reference, self.rewards = val, reference, rewards
         self.sets = training.milestone_sets(config)
         training.require_positions("student", reference, config.data.seq_len)
-        if self.sets:
-            from eval import at_milestones
-
-            at_milestones.require_fits(self.sets, self.tokenizer, getattr(reference.config, "max_position_embeddings", None))
+        training.require_sets_fit(self.sets, self.tokenizer, reference)
         self.stop, self.state = None if config.dry_run else StopRequest(), PartialState()
         self.progress = Progress()
         if folder.resume_from:
@@ -291,12 +288,13 @@ class RLRun:
         The same prompts with the same noise every time, so that a difference between two validations is one of the policies.
         """
         began, config = time.monotonic(), self.config
-        row = {**self._where(), **self._ce(model)}
+        batch = config.training.per_device_batch_size or config.training.batch_size
+        with self._autocast():
+            row = {**self._where(), **scoring.validate(Distiller(model), self.val, batch, self.device)}
         if count := config.logging.eval_prompts:
             section = config.generation
             rows = range(count)[self.state.process_index::self.state.num_processes]
             prompts = self.prompts.batch(0, count)
-            batch = config.training.per_device_batch_size or config.training.batch_size
             with self._autocast():
                 samples = sample(model, self.tokenizer, [prompts[r] for r in rows], seeds_of(config.seed, 0, rows, "validation"),
                                  max_new_tokens=section.max_new_tokens, temperature=section.temperature, batch_size=batch)
@@ -314,21 +312,6 @@ class RLRun:
         shown = [f"{name} {row[name]:.4f}" for name in ("ce", "reward", "kl") if row.get(name) is not None]
         self.say(f"  validation at step {self.step:,}: {' | '.join(shown)} | perplexity {row['perplexity']:.2f}")
         return row
-
-    def _ce(self, model: PreTrainedModel) -> dict[str, Any]:
-        distiller, was_training = Distiller(model), model.training
-        distiller.eval()
-        batch = self.config.training.per_device_batch_size or self.config.training.batch_size
-        first, stride = self.state.process_index * batch, self.state.num_processes * batch
-        mine = [range(start, min(start + batch, len(self.val))) for start in range(first, len(self.val), stride)]
-        with self._autocast():
-            counts, sums = scoring.domain_sums(lambda part: distiller.token_terms(**part), self.val, mine, self.device)
-        model.train(was_training)
-        table = torch.stack([counts, sums.get("ce", torch.zeros_like(counts))])
-        if self.state.num_processes > 1:
-            torch.distributed.all_reduce(table)
-        counts, ce = table.cpu()
-        return scoring.means(counts, {"ce": ce}, self.val.store.domains)
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.training.precision == "bf16")
@@ -363,12 +346,7 @@ class RLRun:
             self.folder.append_metrics({"kind": "milestone", **self._where(), "name": name})
             self.say(f"  milestone {name} at step {self.step:,} ({self.progress.words:,} words generated)")
         if self.sets and self.folder.main:
-            from eval import at_milestones
-
-            found = at_milestones.scores(model, self.tokenizer, self.sets)
-            for name in reached:
-                self.folder.append_metrics({"kind": "scores", **self._where(), "name": name, "tasks": found})
-            self.say("  scores: " + " | ".join(f"{name} {entry['score']:.2f} ± {entry['se']:.2f}" for name, entry in found.items()))
+            self.say(training.score_milestones(self.folder, reached, self._where(), model, self.tokenizer, self.sets))
         self.state.wait_for_everyone()
         self._window_began += time.monotonic() - began
 

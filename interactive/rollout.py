@@ -96,14 +96,14 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
     end = tokenizer.eos_token_id
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, use_cache=True,
                                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
-    was_training, own, samples = model.training, model.generation_config, []
-    model.eval()
+    own, samples = model.generation_config, []
     model.generation_config = GenerationConfig()  # its penalties would fill what is not set here, and bend the distribution
     for start in range(0, len(prompts), batch_size or len(prompts)):
         rows = slice(start, start + (batch_size or len(prompts)))
         ids, mask = pad(encoded[rows], left=True, device=model.device)
         sampling = LogitsProcessorList([SeededSampling(seeds[rows], temperature, model.device)])
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling)
+        with models.mode(model, training=False):
+            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling)
         for prompt, prompt_ids, row in zip(prompts[rows], encoded[rows], written[:, ids.shape[1]:].tolist(), strict=True):
             # Up to the first end token, by position: comparing with the pad token would cut at one that was sampled, and GPT-2's
             # pad token is its end token.
@@ -111,7 +111,6 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
             samples.append(Sample(prompt, tokenizer.decode(row[:length], skip_special_tokens=True), list(prompt_ids), row[:length],
                                   finished=row[length - 1] == end))
     model.generation_config = own
-    model.train(was_training)
     return samples
 
 
