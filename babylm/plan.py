@@ -393,10 +393,15 @@ def describe_folder(folder: RunFolder, begin: int, steps: int | None = None) -> 
     return f"{folder.root}: {'exists' if folder.root.exists() else 'new'}; {state}"
 
 
-def disk(needed: list[tuple[str, Path, int]], folder: RunFolder) -> str:
-    """What is to be written, in words. UserError where it does not fit."""
+def require_disk(needed: list[tuple[str, Path, int]]) -> None:
+    """UserError where what a run is to write does not fit on its disk."""
     require_space(needed, "free some space, choose another output=, or keep fewer checkpoints (checkpoints.keep, milestones, extra_words, "
                   "every_words)")
+
+
+def disk(needed: list[tuple[str, Path, int]], folder: RunFolder) -> str:
+    """What is to be written, in words. UserError where it does not fit."""
+    require_disk(needed)
     return (f"{amount(sum(size for *_, size in needed))} = " + " + ".join(f"{what} {amount(size)}" for what, _, size in needed)
             + f"; {amount(free_bytes(folder.root))} free in {existing_parent(folder.root)}")
 

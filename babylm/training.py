@@ -37,7 +37,7 @@ from babylm.config import RunConfig
 from babylm.distillation import Distiller, trainable_parameters
 from babylm.ledger import word_ledger
 from babylm.model_card import model_card
-from babylm.plan import Plan, accumulation_steps, milestones_between
+from babylm.plan import Plan, accumulation_steps, milestones_between, require_disk
 from babylm.run_folder import (
     Preempted,
     RunFolder,
@@ -212,6 +212,7 @@ def train(config: RunConfig, folder: RunFolder, data: Data, distiller: Distiller
     plan.print_memory()
     if config.dry_run:
         return plan.rehearse()
+    require_disk(plan.needed())
     trainer = DistillTrainer(config, folder, data, distiller, steps, per_device, accumulation, stop, sets, copied)
     folder.set_status("running")
     trainer.train(resume_from_checkpoint=str(folder.resume_from) if folder.resume_from else None)

@@ -185,7 +185,7 @@ class PPOTrainer:
             return rehearse(run, self.policy.model, self.policy, self._first_loss)
         if self.config.logging.trackers:
             self.accelerator.init_trackers(self.config.name, config=tracked(self.config))
-        run.start(self.policy.model)
+        run.start(self.policy.model, self.policy)
         while not run.done:
             samples = self.rollout()
             terms = self.update([sample for sample in samples if sample.reward is not None])  # the others are counted, and teach nothing

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from babylm import models, plan
+from babylm import plan
 from babylm.config import RLConfig
 from babylm.run_folder import amount
 from interactive import reward
@@ -93,13 +93,7 @@ def rehearse(run: RLRun, model: PreTrainedModel, trained: torch.nn.Module | None
             f"as they stay so long; {without}" if steps is not None else
             f"time       no estimate: a budget of {config.training.words:,} words, but the completions that were measured have none")
 
-    size = 4 * models.count_parameters(model)
-    milestones = len(plan.milestones_between(config, run.progress.words, in_all))
-    there = len(run.folder.checkpoints()) if run.folder.resume_from else 0
-    resume = max(0, config.checkpoints.keep + 1 - there)  # one more while it is written
-    needed = [(f"{milestones} milestone(s)", run.folder.root, milestones * size),
-              (f"{resume} resume checkpoint(s)", run.folder.root, resume * 3 * trained_bytes), ("final model", run.folder.root, size)]
-    run.say(f"disk       {plan.disk(needed, run.folder)}")
+    run.say(f"disk       {plan.disk(run.needed(model, trained, in_all), run.folder)}")
     run.say(f"folder     {plan.describe_folder(run.folder, run.step)}")
     run.say(f"used       {plan.peak_memory(run.device)}")
     plan.say_nothing_written(run.folder)

@@ -25,6 +25,7 @@ from babylm.config import RLConfig
 from babylm.distillation import Distiller
 from babylm.ledger import accounts, read_lines, rl_ledger
 from babylm.model_card import model_card
+from babylm.plan import accumulation_steps, milestones_between, require_disk, storage_bytes
 from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
 from babylm.schema import UserError, identity
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
@@ -186,8 +187,25 @@ class RLRun:
 
     # -- the end of a step
 
-    def start(self, model: PreTrainedModel) -> None:
-        """Say what will be done and, where the run is new, validate what it starts from."""
+    def needed(self, model: PreTrainedModel, trained: torch.nn.Module, words: int) -> list[tuple[str, Path, int]]:
+        """(what, where to, bytes) of the files that are still to be written, if `words` are generated in all."""
+        root, size = self.folder.root, 4 * models.count_parameters(model)
+        milestones = len(milestones_between(self.config, self.progress.words, words))
+        there = len(self.folder.checkpoints()) if self.folder.resume_from else 0
+        resume = max(0, self.config.checkpoints.keep + 1 - there)  # one more while it is written
+        return [(f"{milestones} milestone(s)", root, milestones * size),
+                (f"{resume} resume checkpoint(s)", root, resume * 3 * storage_bytes(trained.parameters())), ("final model", root, size)]
+
+    def start(self, model: PreTrainedModel, trained: torch.nn.Module | None = None) -> None:
+        """Say what will be done and, where the run is new, validate what it starts from.
+
+        Args:
+            trained: all that the optimizer changes; default: the policy.
+
+        Raises:
+            UserError: what is to be written does not fit on the disk (milestones are counted where the budget is one of words).
+        """
+        require_disk(self.needed(model, trained or model, self.config.training.words or 0))
         self._began = time.monotonic()
         self._window_began = self._began - self.progress.window_seconds
         self.folder.set_status("running")
@@ -335,7 +353,7 @@ class RLRun:
             write_text(self._samples_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _save_milestones(self, model: PreTrainedModel, before: int) -> None:
-        reached = training.milestones_between(self.config, before, self.progress.words)
+        reached = milestones_between(self.config, before, self.progress.words)
         if not reached:
             return
         began = time.monotonic()
@@ -407,7 +425,7 @@ class RLRun:
         self.say(f"model      {models.count_parameters(model):,} parameters, from {config.model.path}")
         self.say(f"prompts    {len(self.prompts.texts):,}: {self.prompts.source}")
         self.say("rewards    " + " + ".join(f"{r.weight:g} x {r.__name__}" for r in self.rewards))
-        per_device, accumulation = training.accumulation_steps(config, self.state.num_processes)
+        per_device, accumulation = accumulation_steps(config, self.state.num_processes)
         self.say(f"batch      {budget.batch_size} completions of up to {config.generation.max_new_tokens} tokens = "
                  f"{self.state.num_processes} process(es) x {per_device} x {accumulation} accumulation")
         self.say("budget     " + (f"{budget.words:,} words generated" if budget.words else f"{budget.steps:,} steps"))

@@ -33,6 +33,10 @@ SETTINGS = {
     "logging": {"logging_steps": 1, "eval_steps": 10},
 }
 
+RL = {"data": {"seq_len": 32, "eval_blocks": 8}, "prompts": {"count": 20}, "generation": {"max_new_tokens": 8},
+      "training": {"words": 2000, "batch_size": 8, "per_device_batch_size": 4, "device": "cpu"},
+      "rewards": [{"kind": "length", "min_words": 2, "max_words": 9}], "checkpoints": {"milestones": False, "extra_words": [1000]}}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, corpus, write_yaml):
@@ -228,6 +232,19 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_with_numbers(dry, home, 
     assert ended.value.code == 1 and "but 100 KB are free" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["train_baseline", "ppo"])
+def test_a_real_run_is_refused_too_before_its_first_step(script, corpus, teachers, in_process, write_yaml, tmp_path, monkeypatch, capsys):
+    settings = {"name": "no-room", "output": str(tmp_path), **SETTINGS, "data": {"corpus": str(corpus), **SETTINGS["data"]}}
+    if script == "ppo":
+        policy, = teachers("gpt2")
+        settings |= {"model": {"path": str(policy)}, **RL, "data": {"corpus": str(corpus), **RL["data"]}}
+        del settings["logging"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(UserError, match=r"to be written \(.*resume checkpoint.* final model .*\), but 100 KB are free"):
+        in_process(script, "--config", write_yaml(tmp_path / "run.yaml", settings))
+    assert not re.search("^step ", capsys.readouterr().out, re.MULTILINE) and not list((tmp_path / "no-room").rglob("*.safetensors"))
+
+
 def test_disk_counts_what_is_written_side_by_side(home, corpus, tokenizer):
     config = check(BaselineConfig, {"name": "n", "output": str(home / "models"), **SETTINGS, "data": {"corpus": str(corpus), "seq_len": 32},
                                     "checkpoints": {"milestones": False, "save_steps": 10, "keep": 2, "final": "best"}}, "test")
@@ -316,11 +333,6 @@ def test_stage_1_reads_its_files_and_writes_nothing(home, raw, write_yaml, dry, 
     (tmp_path / "raw" / "bad.train").write_bytes(b"good\n\xff\xfe\n")
     with pytest.raises(DataError, match="offset 5 is not UTF-8"):
         dry("combine_babylm", f"corpus.input={tmp_path / 'raw'}", config=config)
-
-
-RL = {"data": {"seq_len": 32, "eval_blocks": 8}, "prompts": {"count": 20}, "generation": {"max_new_tokens": 8},
-      "training": {"words": 2000, "batch_size": 8, "per_device_batch_size": 4, "device": "cpu"},
-      "rewards": [{"kind": "length", "min_words": 2, "max_words": 9}], "checkpoints": {"milestones": False, "extra_words": [1000]}}
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
