@@ -457,6 +457,25 @@ def test_batch_scripts_outside_a_job_or_in_another_folder(name, tmp_path):
         assert done.returncode == 1 and message in done.stderr
 
 
+@pytest.mark.parametrize("times, reason", [(1, "cancelled: SIGTERM at step 3"), (9, "cancelled by scancel while it was at work")])
+def test_a_signal_that_ends_what_the_batch_script_has_started_does_not_hide_the_reason(tmp_path, times, reason):
+    """scancel may reach the script's own helpers: with stand-ins for SLURM's commands, the one that reads the status dies `times` times."""
+    run, stand_ins = tmp_path / "models" / "x", tmp_path / "bin"
+    stand_ins.mkdir()
+    sed = shutil.which("sed")
+    for name, text in {
+            "scontrol": "echo JobId=7 JobState=CANCELLED Reason=None Restarts=0 x",
+            "srun": f"""printf '{{\n "state": "preempted",\n "reason": "SIGTERM at step 3"\n}}\n' > {run}/run/status.json; exit 75""",
+            "sed": f"""case $* in *'"state"'*|*'"reason"'*) echo x >> {tmp_path}/calls
+                       (($(wc -l < {tmp_path}/calls) > {times})) || kill -TERM $$;; esac; exec {sed} "$@" """}.items():
+        (stand_ins / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (stand_ins / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    ended = subprocess.run(["bash", "-c", f"source slurm/job.sh; run_resumable {run} anything"], cwd=make_project(tmp_path / "project"),
+                           env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0 and (status(run)["state"], status(run)["reason"]) == ("failed", reason), ended.stderr
+
+
 def test_shell_files_parse():
     files = [*(ROOT / "slurm").glob("*.s*"), CLUSTER]
     assert len(files) >= 10
