@@ -183,6 +183,14 @@ def test_sharded_weights_train_what_whole_ones_do(home, one, on_processes):
     require_same_run(run, one)
 
 
+@pytest.mark.parametrize("path", ["grouped", "loop"])
+def test_a_sharded_mixture_of_experts_trains_what_a_whole_one_does(path, home, in_process, on_two_processes):
+    keys = ["train_moep_student", "--config", home / "moep.yaml", f"model.expert_path={path}", "training.steps=4", "logging.eval_steps=2"]
+    in_process(*keys, f"name=moep-whole-{path}")
+    on_two_processes(*keys, f"name=moep-sharded-{path}", "training.fsdp=true", "training.per_device_batch_size=2")
+    require_same_run(home / "models" / f"moep-sharded-{path}", home / "models" / f"moep-whole-{path}")
+
+
 def test_dropout_differs_between_processes_and_is_the_same_again(home, on_two_processes):
     def before(_rank):
         compute = training.DistillTrainer.compute_loss

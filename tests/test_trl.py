@@ -352,7 +352,7 @@ def test_what_is_missing_or_does_not_divide_is_said_before_anything_is_computed(
         trltrainer.train(config, run, policy)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dpo"])
 def test_two_processes_train_what_one_trains(algorithm, corpus, students, in_process, on_two_processes, tmp_path, write_yaml, monkeypatch):
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     config = write_yaml(tmp_path / "run.yaml", {
@@ -361,7 +361,7 @@ def test_two_processes_train_what_one_trains(algorithm, corpus, students, in_pro
         "generation": {"max_new_tokens": 6}, "rewards": [{"kind": "length", "min_words": 1, "max_words": 2}],
         "checkpoints": {"milestones": False, "save_steps": 1000, "every_words": 40}, "logging": {"eval_prompts": 3, "logging_steps": 1},
         "training": {"steps": 2, "batch_size": 16, "lr": 1e-3, "device": "cpu", "warmup_steps": 0, "schedule": "constant"},
-        algorithm: {"group": 4, "beta": 0.04} if algorithm == "grpo" else {"prompts_per_round": 16, "beta": 0.1}})
+        algorithm: {"prompts_per_round": 16, "beta": 0.1} if algorithm == "dpo" else {"group": 4, "beta": 0.04}})
     in_process("ppo", "--config", config)
     on_two_processes("ppo", "--config", config, f"output={tmp_path / 'two'}", "training.per_device_batch_size=4")
     one, two = (tmp_path / name / algorithm for name in ("one", "two"))
