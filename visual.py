@@ -24,20 +24,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from babylm.figures import (
-    curve_figure,
-    domains_plot,
-    experts_plot,
-    load_metrics,
-    load_results,
-    number,
-    pairs_plot,
-    points,
-    save,
-    scored,
-    scores_figure,
-    si,
-)
+from babylm.figures import curve_figure, domains_plot, experts_plot, pairs_plot, save, scores_figure, si
+from babylm.results import load_metrics, load_results, number, points, scored
 
 DEFAULT = "ce,kl,perplexity,lr"
 REWARDS = ("reward", "kl", "ce", "completion_words")

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from babylm import models
 from babylm.config import ModelSection
-from babylm.schema import UserError
+from babylm.schema import UserError, milestone_words
 from eval import aoa
 from eval.reports import results_home
 
@@ -479,7 +479,7 @@ def test_the_figure_shows_both_ages():
     ("2026", 8005, ["chck_1000M"], r"^not a complete .*; strict lacks chck_200M, chck_300M, .*, chck_900M$"),
 ])
 def test_a_submission_is_complete_or_what_it_lacks_is_said(suite, count, more, said):
-    steps = {**SEEN, **{name: aoa.figures.milestone_words(name) for name in more}}
+    steps = {**SEEN, **{name: milestone_words(name) for name in more}}
     line = aoa.completeness([aoa.Word("dog", ("x",) * 5), aoa.Word("cat", ("x",) * (count - 5))], aoa.SUITES[suite], steps)
     assert re.search(said, line), line
 

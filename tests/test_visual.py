@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import visual
-from babylm import figures
+from babylm import figures, results
 
 SCRIPT = Path(visual.__file__)
 
@@ -119,7 +119,7 @@ def test_values_that_are_not_finite_leave_gaps_and_are_reported(make, out, capsy
     captured = capsys.readouterr()
     assert "train ce is not finite 1 time(s)" in captured.err and "eval ce is not finite 3 time(s)" in captured.err
     assert "val CE not finite" in captured.out and has_ink(out / "ce.png")
-    place, y = figures.points(figures.load_metrics(folder), "ce")["validation"]
+    place, y = results.points(results.load_metrics(folder), "ce")["validation"]
     assert len(place) == 7 and np.isnan(y[[1, 5, 6]]).all() and np.isfinite(y[[0, 2, 3, 4]]).all()
 
 
@@ -142,12 +142,12 @@ def test_a_cut_inside_a_character_is_survived(make):
     folder = make("killed", rows())
     with open(Path(folder, "run", "metrics.jsonl"), "ab") as file:
         file.write('{"kind":"train","note":"é'.encode()[:-1])
-    assert len(figures.load_metrics(folder).train) == 20
+    assert len(results.load_metrics(folder).train) == 20
 
 
 def test_a_resumed_run_is_drawn_once(make):
     first, again = list(rows()), [row for row in rows(final=2.0) if row["step"] > 60]
-    run = figures.load_metrics(make("resumed", first + again))
+    run = results.load_metrics(make("resumed", first + again))
     steps = [row["step"] for row in run.train]
     assert steps == sorted(set(steps)) and len(run.milestones) == 1
     assert run.train[-1]["ce"] == again[-2]["ce"] and [row["step"] for row in run.evals] == [20, 40, 60, 80, 100]
@@ -210,7 +210,7 @@ def test_damaged_scores_are_reported(make, out, capsys):
 
 
 def test_figures_are_the_same_every_time_and_leave_nothing_behind(make, tmp_path):
-    runs, before = [figures.load_metrics(make("a", rows()))], dict(matplotlib.rcParams)
+    runs, before = [results.load_metrics(make("a", rows()))], dict(matplotlib.rcParams)
     first, second = (figures.save(figures.curve_figure(runs, ["ce", "lr"]), tmp_path / name / "f") for name in "xy")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["f.png", "f.svg"]
@@ -218,7 +218,7 @@ def test_figures_are_the_same_every_time_and_leave_nothing_behind(make, tmp_path
 
 
 def test_many_runs_fit(make, tmp_path):
-    runs = [figures.load_metrics(make(f"run-{i}", rows(final=3 + i / 10))) for i in range(9)]
+    runs = [results.load_metrics(make(f"run-{i}", rows(final=3 + i / 10))) for i in range(9)]
     figure = figures.curve_figure(runs, ["ce"])
     figures.save(figure, tmp_path / "many")
     axes = figure.axes[0].get_window_extent()
@@ -235,8 +235,8 @@ def test_short_numbers(value, text):
 
 
 def test_running_mean_skips_gaps():
-    run = figures.Run(Path("a"), "a", [{"step": i, "ce": v} for i, v in enumerate([1.0, 3.0, None, 5.0])])
-    np.testing.assert_allclose(figures.points(run, "ce", "steps", window=2)["train"][1], [1, 2, np.nan, 5])
+    run = results.Run(Path("a"), "a", [{"step": i, "ce": v} for i, v in enumerate([1.0, 3.0, None, 5.0])])
+    np.testing.assert_allclose(results.points(run, "ce", "steps", window=2)["train"][1], [1, 2, np.nan, 5])
 
 
 # ---- Which experts a router chose ---------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_the_experts_of_the_last_validation_are_drawn_overall_and_by_domain(make
     assert {path.name for path in out.iterdir() if path.name.startswith("experts")} == {"experts-moep.png", "experts-moep.svg"}
     assert has_ink(out / "experts-moep.png") and "experts-moep.svg" in capsys.readouterr().out
     assert {"shrink", "layer 1", "all text", "childes", "1", "2", "3"} <= set(svg_words(out / "experts-moep.svg"))
-    panels = drawn(figures.experts_plot(figures.load_metrics(moep)))
+    panels = drawn(figures.experts_plot(results.load_metrics(moep)))
     assert list(panels) == ["all text", "childes", "simple_wiki"]
     np.testing.assert_allclose(panels["all text"], [[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
     np.testing.assert_allclose(panels["simple_wiki"], [[0.9, 0.1, 0.0], [0.1, 0.2, 0.7]])
@@ -269,24 +269,24 @@ def test_the_experts_of_the_last_validation_are_drawn_overall_and_by_domain(make
 
 @pytest.mark.parametrize("lines", [list(rows()), [], [routed(load=None)], [routed(load=0.3)]], ids=["dense", "none", "null", "number"])
 def test_a_run_without_shares_has_no_figure_of_experts(make, lines):
-    assert figures.experts_plot(figures.load_metrics(make("a", lines))) is None
+    assert figures.experts_plot(results.load_metrics(make("a", lines))) is None
 
 
 @pytest.mark.parametrize(("shares", "gaps"), [(((None, 0.8, 0.2), (0.1, 0.2, 0.7)), 1), (((0.1, math.nan, 0.2), (None, 0.2, 0.7)), 2),
                                               (((None, None, None), (None, None, None)), 6)])
 def test_shares_that_are_not_finite_leave_gaps_in_the_figure_of_experts(make, out, shares, gaps):
-    figure = figures.experts_plot(figures.load_metrics(make("diverged", [routed(shares=shares)])))
+    figure = figures.experts_plot(results.load_metrics(make("diverged", [routed(shares=shares)])))
     figures.save(figure, out / "experts")
     assert np.isnan(np.ma.filled(drawn(figure)["all text"], np.nan)).sum() == gaps and has_ink(out / "experts.png")
 
 
 @pytest.mark.parametrize("shares", [((1.0, 0.0, 0.0), (1.0, 0.0, 0.0)), ((1 / 3,) * 3, (1 / 3,) * 3)], ids=["one", "even"])
 def test_extreme_and_even_shares_can_be_drawn(make, shares):
-    figures.experts_plot(figures.load_metrics(make("a", [routed(shares=shares, load_by_domain={})]))).canvas.draw()
+    figures.experts_plot(results.load_metrics(make("a", [routed(shares=shares, load_by_domain={})]))).canvas.draw()
 
 
 def test_a_single_expert_or_router_can_be_drawn(make):
-    figures.experts_plot(figures.load_metrics(make("a", [routed(load={"shrink": {"0": 1.0}}, load_by_domain={})]))).canvas.draw()
+    figures.experts_plot(results.load_metrics(make("a", [routed(load={"shrink": {"0": 1.0}}, load_by_domain={})]))).canvas.draw()
 
 
 def test_the_experts_of_runs_with_one_folder_name_are_told_apart(make, out):
@@ -343,9 +343,9 @@ def test_scores_are_drawn_over_words_and_the_final_ones_printed(scored_model, ou
 
 def test_a_curve_is_in_the_order_of_words_and_ends_with_the_final_model(scored_model, tmp_path):
     revisions = {"chck_10M": {"blimp_fast": entry(3)}, **{name: {"blimp_fast": row["blimp_fast"]} for name, row in CURVE.items()}}
-    (run,) = figures.load_results(scored_model("a", revisions, words=20_000_321), tmp_path / "models")
+    (run,) = results.load_results(scored_model("a", revisions, words=20_000_321), tmp_path / "models")
     np.testing.assert_allclose(run.curve("blimp_fast"), [[1e5, 52, 1], [1e6, 60, 1], [2e6, 63, 1], [1e7, 3, 1], [20_000_321, 64, 1]])
-    (run,) = figures.load_results(scored_model("b", revisions, words=10_000_321), tmp_path / "models")
+    (run,) = results.load_results(scored_model("b", revisions, words=10_000_321), tmp_path / "models")
     assert list(run.curve("blimp_fast")[-1]) == [10_000_321, 64, 1] and len(run.curve("blimp_fast")) == 4  # chck_10M is that very model
     assert run.final == "main" and run.problems == []
 
@@ -353,7 +353,7 @@ def test_a_curve_is_in_the_order_of_words_and_ends_with_the_final_model(scored_m
 def test_the_last_milestone_stays_on_curves_that_the_final_model_has_no_part_in(scored_model, tmp_path):
     """The official protocol: fast sets at milestones, full ones for the final model."""
     fast = {f"chck_{n}M": {"blimp_fast": entry(50 + n), "both": entry(n)} for n in (1, 2, 3)}
-    (run,) = figures.load_results(scored_model("a", {**fast, "main": {"blimp_filtered": entry(60), "both": entry(9)}}, words=3_000_321),
+    (run,) = results.load_results(scored_model("a", {**fast, "main": {"blimp_filtered": entry(60), "both": entry(9)}}, words=3_000_321),
                                   tmp_path / "models")
     assert run.curve("blimp_fast")[:, 0].tolist() == [1e6, 2e6, 3e6] and run.curve("blimp_filtered").tolist() == [[3_000_321, 60, 1]]
     assert run.curve("both")[:, :2].tolist() == [[1e6, 1], [2e6, 2], [3_000_321, 9]]
@@ -366,7 +366,7 @@ def test_scores_at_milestones_have_panels_of_their_own(make, out):
                                           "tasks": {"blimp_fast": {"score": score, "se": 1.0, "n": 10, "ties": 0}}}
                                          for step, score in ((40, 51.0), (80, 77.0), (80, 53.0))]
     run = make("a", lines)
-    (x, y), = figures.points(figures.load_metrics(run), "scores.blimp_fast").values()
+    (x, y), = results.points(results.load_metrics(run), "scores.blimp_fast").values()
     assert x.tolist() == [40_000, 80_000] and y.tolist() == [51.0, 53.0]
     assert visual.main([run, "--output", str(out)]) == 0
     assert "score: blimp fast" in " ".join(svg_words(out / "scores.blimp_fast.svg")) and (out / "ce.png").exists()
@@ -374,7 +374,7 @@ def test_scores_at_milestones_have_panels_of_their_own(make, out):
 
 @pytest.mark.parametrize(("revisions", "at", "said"), [(CURVE, 2e6, "at its last milestone"), ({"main": CURVE["main"]}, None, "--models")])
 def test_unknown_words_of_the_final_model_are_said(scored_model, tmp_path, revisions, at, said):
-    (run,) = figures.load_results(scored_model("a", revisions), tmp_path / "models")
+    (run,) = results.load_results(scored_model("a", revisions), tmp_path / "models")
     assert run.words.get("main") == at and any("finished.json" in problem and said in problem for problem in run.problems)
     assert len(run.curve("blimp_fast")) == (3 if at else 0)
 
@@ -390,7 +390,7 @@ def test_broken_and_missing_results_are_named_and_the_others_drawn(scored_model,
                  "comps has no finite score", "wug_past_tense is not scored at chck_100K, chck_2M, chck_3M", "gone: no such folder"):
         assert part in captured.err
     assert "64.00 ± 1.00" in captured.out and has_ink(out / "scores.png")
-    (run,) = figures.load_results(folder, tmp_path / "models")
+    (run,) = results.load_results(folder, tmp_path / "models")
     assert list(run.curve("blimp_fast")[:, 0]) == [1e5, 2e6, 4e6]
 
 
@@ -401,7 +401,7 @@ def test_no_scores_at_all_say_what_makes_them(scored_model, out, tmp_path, capsy
 
 def test_two_backends_are_two_curves_and_equal_names_are_told_apart(scored_model, tmp_path, out):
     scored_model("x/a", CURVE)
-    runs = figures.load_results(scored_model("x/a", {"main": CURVE["main"]}, backend="mlm"), tmp_path / "models")
+    runs = results.load_results(scored_model("x/a", {"main": CURVE["main"]}, backend="mlm"), tmp_path / "models")
     assert {run.name for run in runs} == {"a", "a (mlm)"}
     assert draw_results(out, tmp_path, str(tmp_path / "results" / "x" / "a"), scored_model("y/a", CURVE)) == 0
     assert {"x/a", "y/a"} <= set(svg_words(out / "scores.svg"))
@@ -411,7 +411,7 @@ def test_the_panels_of_all_tasks_do_not_touch(scored_model, tmp_path):
     sets = {f"set_{number}_with_a_long_name": entry(50 + number) for number in range(8)}
     revisions = [*(f"chck_{words}M" for words in (1, 2, 3, 5, 10, 20, 50)), "main", "untrained"]
     folder = scored_model("a", dict.fromkeys(revisions, sets), words=100_000_000)
-    figure = figures.scores_figure(figures.load_results(folder, tmp_path / "models"), {"blimp": ("accuracy (%)", 50.0)})
+    figure = figures.scores_figure(results.load_results(folder, tmp_path / "models"), {"blimp": ("accuracy (%)", 50.0)})
     figures.save(figure, tmp_path / "scores")
     boxes = [ax.get_tightbbox() for ax in figure.axes] + [part.get_window_extent() for part in (*figure.legends, *figure.texts)]
     assert not any(one.overlaps(two) for place, one in enumerate(boxes) for two in boxes[:place])
