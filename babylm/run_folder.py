@@ -188,7 +188,8 @@ class RunFolder:
         requeued = self._requeued()
         if self.main:
             if self.config.fresh and self._holds_a_run() and not requeued:
-                print(f"fresh: moved the old {self.root} to {move_aside(self.root)}", flush=True)
+                with _nobody_trains(self.run / "lock"):
+                    print(f"fresh: moved the old {self.root} to {move_aside(self.root)}", flush=True)
             self._require_own(mine)
             if self.already_finished():
                 return None  # nothing will be run: its record and metrics stay as they are
@@ -228,12 +229,12 @@ class RunFolder:
     def _would_open(self, mine: dict) -> Path | None:
         """What `open` would return or raise, with the disk left alone."""
         aside = self.config.fresh and self._holds_a_run()  # then all that is there counts for nothing
+        with _nobody_trains(self.run / "lock"):
+            pass
         if not aside:
             self._require_own(mine)
             if self.already_finished():
                 return None
-            if (self.run / "lock").is_file():
-                _lock(self.run / "lock", keep=False)
         existing = existing_parent(self.root)
         if not os.access(existing, os.W_OK):
             raise self._unwritable("Permission denied")
@@ -447,24 +448,38 @@ class StopRequest:
 _locks: dict[Path, int] = {}  # file descriptors, held until this process ends, however it ends
 
 
-def _lock(path: Path, keep: bool = True) -> None:
-    """Refuse to start a run that another process is running: two would overwrite each other's checkpoints and metrics.
+def _lock(path: Path) -> None:
+    """Refuse to start a run that another process is running: two would overwrite each other's checkpoints and metrics."""
+    if path.resolve() not in _locks:
+        _locks[path.resolve()] = _locked(path)
 
-    Args:
-        keep: False only looks whether the lock could be had.
-    """
-    if path.resolve() in _locks:
-        return
+
+def _locked(path: Path) -> int:
+    """The descriptor of a locked file; UserError if another process has locked it."""
     lock = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
         raise UserError(f"{path.parent.parent} is being trained by another process: wait for it, or choose another name=") from None
-    if keep:
-        _locks[path.resolve()] = lock
-    else:
-        os.close(lock)
+    return lock
+
+
+@contextlib.contextmanager
+def _nobody_trains(path: Path) -> Iterator[None]:
+    """Within this, no other process trains in the run folder of this lock, which may be renamed."""
+    if not path.is_file():
+        yield  # nobody ever has
+        return
+    place = path.resolve()
+    lock = _locked(path) if place not in _locks else None  # else held since an earlier run in this process
+    try:
+        yield
+    finally:
+        if lock is None and not path.exists():  # moved
+            lock = _locks.pop(place)
+        if lock is not None:
+            os.close(lock)
 
 
 _opened: list[RunFolder] = []  # by this process: whose status.json has to be kept true if it ends early

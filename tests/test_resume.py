@@ -480,7 +480,7 @@ def test_a_missing_teacher_is_refused_with_the_command_that_makes_it(stage, home
         stage("train_student", "early", f"distillation.teacher={home}/models/nobody")
 
 
-def test_a_run_that_is_going_on_is_not_started_twice(home):
+def test_a_run_that_is_going_on_is_not_started_twice(home, stage):
     """A first process holds the folder; a second one has to leave it alone."""
     folder = home / "models" / "twice"
     (folder / "run").mkdir(parents=True)
@@ -497,6 +497,10 @@ time.sleep(100)
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="twice is being trained by another process"):
             run_folder._lock(folder / "run" / "lock")
+        for keys in (["fresh=true"], ["--dry_run"], ["fresh=true", "--dry_run"]):  # nor is it moved from under the first
+            with pytest.raises(UserError, match="twice is being trained by another process"):
+                stage("train_baseline", "twice", *keys)
+        assert [path.name for path in folder.parent.glob("twice*")] == ["twice"]
     finally:
         holder.kill()
         holder.wait()
