@@ -25,7 +25,7 @@ from babylm import models
 from babylm.distillation import Distiller
 from babylm.run_folder import read_finished, require_finished, run_stage, write_json
 from babylm.schema import UserError
-from custom_dataset import EvalBlocks, TokenStore, open_store
+from custom_dataset import EvalBlocks, TextPart, TokenStore, open_store, tokenizer_fingerprint
 
 Terms = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]  # {"input_ids": [B, T], ...} -> {name: [B, T-1] nats}
 
@@ -310,31 +310,48 @@ def ngram_sentence_logprobs(model: NgramModel, tokenizer: PreTrainedTokenizerFas
 # ---- Scores of a run ------------------------------------------------------------------------------------------------
 
 
-def score(ce: dict[str, Any], pairs: dict[str, Any] | None, **facts: Any) -> dict[str, Any]:
+def about(text: TextPart, store: TokenStore, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, Any]:
+    """What a CE was measured on: two are comparable where all of it is equal."""
+    return {"text": text.sha256, "bytes": text.path.stat().st_size, "tokens": len(store), "tokenizer": tokenizer_fingerprint(tokenizer),
+            "seq_len": seq_len}
+
+
+def bits_per_byte(ce: float, validation: dict[str, Any]) -> float:
+    """Bits for a byte of the text, which do not depend on the tokenizer: mean CE (nats per token) x tokens / bytes / ln 2.
+
+    Args:
+        validation: from `about`.
+    """
+    return ce * validation["tokens"] / validation["bytes"] / math.log(2)
+
+
+def score(ce: dict[str, Any], pairs: dict[str, Any] | None, validation: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """The content of scores.json."""
     by_domain = {name: {"ce": value, "perplexity": perplexity(value)} for name, value in ce["ce_by_domain"].items()}
-    result = {**facts, "ce": ce["ce"], "perplexity": ce["perplexity"], "by_domain": by_domain}
+    result = {**facts, "ce": ce["ce"], "perplexity": ce["perplexity"], "bits_per_byte": bits_per_byte(ce["ce"], validation),
+              "validation": validation, "by_domain": by_domain}
     if pairs:
         result |= {"pairs": pairs, "pairs_mean": float(np.mean([entry["accuracy"] for entry in pairs.values()]))}
     return result
 
 
-def score_model(folder: Path, store: TokenStore, data_tokenizer: PreTrainedTokenizerFast, seq_len: int,
+def score_model(folder: Path, store: TokenStore, data_tokenizer: PreTrainedTokenizerFast, validation: dict[str, Any],
                 rows: list[dict] | None) -> dict[str, Any]:
     """Score a finished run on every block of the validation store, and on minimal pairs if given."""
     require_finished(str(folder), "scoring")
     tokenizer, model = models.load_tokenizer(folder), models.load_causal_lm(str(folder)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     models.require_same_vocabulary(str(folder), data_tokenizer, "model")
-    blocks = EvalBlocks(store, seq_len, len(store))
+    blocks = EvalBlocks(store, validation["seq_len"], len(store))
     ce = validate(Distiller(model), blocks, 16, model.device)
     pairs = pair_accuracy(rows, lambda sentences: sentence_logprobs(model, tokenizer, sentences)) if rows else None
     finished = read_finished(folder) or {}
-    return score(ce, pairs, name=folder.name, kind="neural", parameters=models.count_parameters(model),
+    return score(ce, pairs, validation, name=folder.name, kind="neural", parameters=models.count_parameters(model),
                  words_seen=finished.get("words_seen"), seconds=finished.get("seconds"))
 
 
-def score_ngram(folder: Path, corpus: str, store: TokenStore, seq_len: int, rows: list[dict] | None, order: int = 5) -> dict[str, Any]:
+def score_ngram(folder: Path, corpus: str, store: TokenStore, validation: dict[str, Any], rows: list[dict] | None,
+                order: int = 5) -> dict[str, Any]:
     """Fit an n-gram model on the training part of a corpus and score it as a neural model is scored."""
     began = time.monotonic()
     tokenizer = models.load_tokenizer(Path(corpus) / "tokenizer")
@@ -345,10 +362,10 @@ def score_ngram(folder: Path, corpus: str, store: TokenStore, seq_len: int, rows
     def terms(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"ce": torch.stack([torch.from_numpy(-ngram.logprobs(row.numpy())[1:]) for row in batch["input_ids"]])}
 
-    blocks = EvalBlocks(store, seq_len, len(store))
+    blocks = EvalBlocks(store, validation["seq_len"], len(store))
     counts, sums = domain_sums(terms, blocks, [range(len(blocks))], torch.device("cpu"))
     pairs = pair_accuracy(rows, lambda sentences: ngram_sentence_logprobs(ngram, tokenizer, sentences)) if rows else None
-    return score(means(counts, sums, store.domains), pairs, name=folder.name, kind=f"{order}-gram", parameters=None,
+    return score(means(counts, sums, store.domains), pairs, validation, name=folder.name, kind=f"{order}-gram", parameters=None,
                  words_seen=train.meta["words"], seconds=round(seconds, 1))
 
 
@@ -364,11 +381,12 @@ def main() -> None:
 
     tokenizer = models.load_tokenizer(Path(args.corpus) / "tokenizer")
     store = open_store(args.eval_path or args.corpus, "val", tokenizer)
+    validation = about(TextPart(args.eval_path or args.corpus, "val"), store, tokenizer, args.seq_len)
     rows = read_pairs(args.pairs) if args.pairs else None
     if args.ngram:
-        write_json(args.ngram / "run" / "scores.json", score_ngram(args.ngram, args.corpus, store, args.seq_len, rows))
+        write_json(args.ngram / "run" / "scores.json", score_ngram(args.ngram, args.corpus, store, validation, rows))
     for run in args.runs:
-        write_json(run / "run" / "scores.json", score_model(run, store, tokenizer, args.seq_len, rows))
+        write_json(run / "run" / "scores.json", score_model(run, store, tokenizer, validation, rows))
 
 
 if __name__ == "__main__":

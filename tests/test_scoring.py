@@ -255,6 +255,9 @@ def test_the_command_scores_a_run_and_fits_an_ngram_row(score, saved, model, sco
     expected = ce_by_hand(model, val, 32)
     assert neural["ce"] == pytest.approx(np.mean([v for values in expected.values() for v in values]), abs=1e-4)
     assert neural["perplexity"] == pytest.approx(math.exp(neural["ce"]))
+    size = (corpus / "val_babylm.txt").stat().st_size
+    assert neural["bits_per_byte"] == pytest.approx(neural["ce"] / math.log(2) * len(val) / size)
+    assert neural["validation"] == ngram["validation"] and neural["validation"]["seq_len"] == 32
     assert {name: row["ce"] for name, row in neural["by_domain"].items()} == pytest.approx(
         {name: np.mean(values) for name, values in expected.items()}, abs=1e-3)
     assert (neural["words_seen"], neural["kind"], neural["parameters"]) == (7, "neural", models.count_parameters(model))
