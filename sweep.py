@@ -5,7 +5,7 @@ Writes   <output>/<sweep>/<run>/ : run folders; <run>.log; with --report: report
 Command  python sweep.py --config configs/sweeps/lambda.yaml               # runs what is not done yet, one after the other
          python sweep.py --config configs/sweeps/lambda.yaml --jobs 2      # two at a time
          python sweep.py --config configs/sweeps/lambda.yaml --report      # what came out, chosen by validation CE
-         sbatch --array=0-4%2 slurm/sweep.sbatch configs/sweeps/lambda.yaml   # a SLURM array: --run N runs one, --count counts
+         bash slurm/submit_sweep.sh configs/sweeps/lambda.yaml     # as SLURM arrays: --run N runs one of them, --count counts
 Expect   the sum of its runs. The same command goes on where it was stopped; a run that fails is reported and stops no other.
 """
 

@@ -394,9 +394,12 @@ def _git(*arguments: str) -> str:
 
 
 def read_finished(root: Path) -> dict | None:
-    """finished.json of a run folder, or None."""
+    """finished.json of a run folder, or None. UserError if it is damaged."""
     path = root / "run" / "finished.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and run the command in run/record.json again") from error
 
 
 def require_finished(path: str, needed_by: str, script: str = "train_teacher.py") -> None:

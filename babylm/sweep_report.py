@@ -8,6 +8,7 @@ import io
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from babylm.run_folder import read_finished, write_text
 from babylm.schema import UserError
 from babylm.sweeps import PlannedRun, SweepConfig, label_of, number_of
 
+MEASURED_ON = "measured_on"  # of a row: for comparing, not for the tables
 MEASURES = {"ce": ("validation CE", 3), "perplexity": ("perplexity", 1)}  # evaluation scores have names of their own, and two digits
 
 
@@ -27,17 +29,20 @@ MEASURES = {"ce": ("validation CE", 3), "perplexity": ("perplexity", 1)}  # eval
 class Point:
     """The runs of one combination, which differ in their seed alone.
 
-    labels: {axis: its value}; values: {measure: {seed: value}}; control: the point it is compared with, None if it is one itself.
+    labels: {axis: its value}; values: {measure: {seed: value}}; measured_on: {seed: what the CE was measured on}; control: the point it
+    is compared with, None if it is one itself.
     """
 
     labels: dict[str, str]
     values: dict[str, dict[int, float]] = field(default_factory=dict)
+    measured_on: dict[int, str] = field(default_factory=dict)
     control: "Point | None" = None
 
     def differences(self, measure: str) -> list[float]:
-        """This point minus its control, for every seed that both have."""
+        """This point minus its control, for every seed that both have; of CE, where text and tokenizer are the same."""
         theirs = self.control.values.get(measure, {}) if self.control else {}
-        return [value - theirs[seed] for seed, value in self.values.get(measure, {}).items() if seed in theirs]
+        return [value - theirs[seed] for seed, value in self.values.get(measure, {}).items()
+                if seed in theirs and (measure != "ce" or self.measured_on[seed] == self.control.measured_on[seed])]
 
     def mean(self, measure: str) -> float:
         """Over seeds; NaN without a value."""
@@ -62,6 +67,7 @@ def collect(runs: Sequence[PlannedRun], results: Path) -> tuple[list[dict[str, A
         if run in done:
             finished = read_finished(run.folder)
             found = json.loads((run.folder / "run" / "scores.json").read_text(encoding="utf-8")) if whole else finished
+            row[MEASURED_ON] = json.dumps(found.get("validation") if whole else _validation_of(run), sort_keys=True)
             row |= {name: finished[name] for name in ("steps", "words_seen", "parameters", "seconds") if name in finished}
             row |= {"ce": found["ce"], "perplexity": math.exp(found["ce"])}
             ended = (run.folder / "run" / "finished.json").stat().st_mtime
@@ -78,6 +84,14 @@ def collect(runs: Sequence[PlannedRun], results: Path) -> tuple[list[dict[str, A
     return rows, notes
 
 
+def _validation_of(run: PlannedRun) -> dict[str, Any]:
+    """What a run's CE at the end of training was measured on."""
+    recorded = json.loads((run.folder / "run" / "identity.json").read_text(encoding="utf-8"))
+    data = run.config.data
+    return {"text": recorded.get("fingerprint.val"), "tokenizer": recorded.get("fingerprint.tokenizer"),
+            "seq_len": data.seq_len, "eval_blocks": data.eval_blocks}
+
+
 def points_of(sweep: SweepConfig, runs: Sequence[PlannedRun], rows: Sequence[dict[str, Any]]) -> list[Point]:
     """The combinations of the grid in its order, each with its values over seeds and its control."""
     points: dict[tuple, Point] = {}
@@ -85,6 +99,8 @@ def points_of(sweep: SweepConfig, runs: Sequence[PlannedRun], rows: Sequence[dic
         point = points.setdefault(tuple(run.labels.values()), Point(run.labels))
         for measure in measures_of([row]):
             point.values.setdefault(measure, {})[run.seed] = row[measure]
+        if MEASURED_ON in row:
+            point.measured_on[run.seed] = row[MEASURED_ON]
     for point in points.values():
         labels = {**point.labels, **{axis: label_of(value) for axis, value in sweep.control.items()}}
         if sweep.control and labels != point.labels:
@@ -131,8 +147,16 @@ def table(sweep: SweepConfig, points: Sequence[Point], measures: Sequence[str]) 
     return "\n".join(lines)
 
 
+def comparable(points: Sequence[Point]) -> bool:
+    """Whether all CEs were measured on the same text, in the tokens of the same vocabulary and in blocks of the same length."""
+    return len({what for point in points for what in point.measured_on.values()}) < 2
+
+
 def best_of(points: Sequence[Point]) -> Point | None:
-    """The point of lowest mean validation CE, of those that have most seeds: the weighted loss of another weighting is another quantity."""
+    """The point of lowest mean validation CE, of those that have most seeds: the weighted loss of another weighting is another quantity.
+    None where the CEs cannot be compared."""
+    if not comparable(points):
+        return None
     most = max(len(point.values.get("ce", {})) for point in points)
     done = [point for point in points if len(point.values.get("ce", {})) == most > 0]
     return min(done, key=lambda point: point.mean("ce"), default=None)
@@ -144,7 +168,12 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> lis
     points = points_of(sweep, runs, rows)
     measures = measures_of(rows)
     if not measures:
-        raise UserError(f"none of the {len(runs)} runs in {sweep.root} is done: python sweep.py --config <this file> runs them")
+        states = Counter(row["state"] for row in rows)
+        others = sorted({name for run in runs for name in run.other_settings()})
+        found = ", ".join(f"{count} {state}" for state, count in states.items())
+        raise UserError(f"none of the {len(runs)} runs in {sweep.root} is done ({found}): python sweep.py --config <this file> runs them"
+                        + (f". Those with other settings differ in {', '.join(others)}: give the report the same key=value as the runs"
+                           if others else ""))
     with_seeds = any(len(point.values.get("ce", {})) > 1 for point in points)
     best = best_of(points)
     text = [f"# {sweep.name}", "", table(sweep, points, measures), "",
@@ -153,13 +182,16 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> lis
                + " at the same seed, ± 95 % interval (Student's t over seeds; these cover what differs between seeds, not what all "
                "share, such as the text, and are not corrected for their number)" if sweep.control else "") + ".",
             "Best by validation CE: " + ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
-            + " (chosen on the text that it is reported on).", "",
+            + " (chosen on the text that it is reported on)." if best else
+            "No best: runs were validated on different text, with different tokenizers or in blocks of different lengths, so their CEs "
+            "(nats per token) cannot be compared, and differences stand only where they can. Bits per byte can, on the same text: "
+            "run/scores.json (python -m babylm.scoring).", "",
             *(f"- {note}" for note in notes)]
     if measures == ["ce", "perplexity"]:
         text.append(f"- no evaluation scores; to make some: python -m eval.zero_shot {sweep.root}/*/ --output {results} --data <its data>")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name != MEASURED_ON]
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     written = [sweep.root / "report.csv", sweep.root / "report.md"]
@@ -168,20 +200,25 @@ def report(sweep: SweepConfig, runs: Sequence[PlannedRun], results: Path) -> lis
     print("\n".join(text))
     if figure := draw(points):
         written += figures.save(figure, sweep.root / "report")
+    else:
+        print("no figure: that takes one or two axes of numbers, or two of names, and CEs that can be compared")
     return written
 
 
-def numeric_axes(points: Sequence[Point]) -> dict[str, list[str]]:
-    """{axis: its labels, ascending} of the axes whose labels are all numbers (250K is one) and of which there are several."""
+def axes_to_draw(points: Sequence[Point]) -> dict[str, list[str]]:
+    """{axis: its labels, ascending} of the axes of numbers (250K is one); where there are none, but just two axes, {axis: its labels}."""
     found = {axis: list(dict.fromkeys(point.labels[axis] for point in points)) for axis in points[0].labels}
-    return {axis: sorted(labels, key=number_of) for axis, labels in found.items()
-            if len(labels) > 1 and all(number_of(label) is not None for label in labels)}
+    several = {axis: labels for axis, labels in found.items() if len(labels) > 1}
+    numeric = {axis: sorted(labels, key=number_of) for axis, labels in several.items()
+               if all(number_of(label) is not None for label in labels)}
+    return numeric or (several if len(several) == 2 else {})
 
 
 def draw(points: Sequence[Point]) -> Any:
-    """Validation CE over the numeric axes: a line per other combination for one, a heat map each for two; else None."""
-    axes = numeric_axes(points)
-    if len(axes) not in (1, 2):
+    """Validation CE over the axes of numbers: a line per other combination for one, a heat map each for two (which may be of names, if
+    they are all there is); None for others, and where the CEs cannot be compared."""
+    axes = axes_to_draw(points)
+    if len(axes) not in (1, 2) or not comparable(points):
         return None
     groups: dict[str, list[Point]] = {}
     for point in points:

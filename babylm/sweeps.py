@@ -151,6 +151,11 @@ class PlannedRun:
         folders = {Path(path).resolve() for path in [*paths, self.config.model.path] if path}
         return {folder.parent if milestone_words(folder.name) else folder for folder in folders}
 
+    def what(self) -> str:
+        """What it is, whatever its name: equal for two runs that would compute the same."""
+        config = self.config.model_dump()
+        return json.dumps([self.stage, identity(self.config), [_at(config, path) for path in _paths(config)]], sort_keys=True)
+
     def other_settings(self) -> list[str]:
         """Keys in which the run that lies in its folder differs from it: what a stage would refuse, and also other paths."""
         recorded = self.folder / "run" / "identity.json"
@@ -164,7 +169,7 @@ class PlannedRun:
         return changed + [path for path in _paths(now) if _at(written, path) != _at(now, path)]
 
     def state(self) -> str:
-        """done, other settings, or what run/status.json says of a run that is not done; `new` where there is none.
+        """done, other settings, what run/status.json says of a run that is not done, or new (and ended early, if it was tried).
 
         A run is done if it finished with this very config. Text and teachers are not read again; the stage does that for a run
         that is started.
@@ -175,7 +180,12 @@ class PlannedRun:
             return "done"
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.folder / "run" / "status.json").read_text(encoding="utf-8"))["state"]
-        return "new"
+        return "ended early" if self.log.is_file() else "new"  # it never came to have a folder
+
+    @property
+    def log(self) -> Path:
+        """What it printed, over all its starts."""
+        return self.folder.with_name(f"{self.name}.log")
 
 
 def _paths(config: dict[str, Any]) -> list[str]:
@@ -210,8 +220,16 @@ def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     for values in itertools.product(*([(label_of(value), value) for value in axis] for axis in sweep.grid.values())):
         labels = {axis: label for axis, (label, _) in zip(sweep.grid, values, strict=True)}
         keys = {"stage": sweep.stage, "config": sweep.config, **sweep.set}
+        given_by: dict[str, str] = {}  # {key: its axis}
         for (axis, points), (label, value) in zip(sweep.grid.items(), values, strict=True):
-            keys |= points[label] if isinstance(points, dict) else {axis: value}
+            mine = points[label] if isinstance(points, dict) else {axis: value}
+            problems += [f"grid: {axis} and {other} both set {name}, so the name of a run would not say what it is"
+                         for name in mine for key_, other in given_by.items() if _overlap(name, key_)]
+            given_by |= dict.fromkeys(mine, axis)
+            keys |= mine
+        problems += [f"{name}: set by grid.{axis}, so the name of a run would not say what it is: change the grid instead"
+                     for name in (override.partition("=")[0] for override in overrides)
+                     for key_, axis in given_by.items() if _overlap(name, key_)]
         stage, source = keys.pop("stage"), keys.pop("config")
         if stage not in SCHEMAS:
             raise UserError(f"stage {stage!r} is none of {', '.join(SCHEMAS)}")
@@ -235,9 +253,18 @@ def plan(sweep: SweepConfig, overrides: Sequence[str] = ()) -> list[PlannedRun]:
                 problems.append(f"{name}: {error}")
     names = [run.name for run in runs]
     problems += [f"two runs would be named {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
+    same: dict[str, str] = {}
+    for run in runs:
+        if (first := same.setdefault(run.what(), run.name)) != run.name:
+            problems.append(f"{first} and {run.name} are the same run: their keys differ in nothing that matters")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return runs
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two keys set the same thing, as distillation and distillation.alpha do."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _run_name(labels: dict[str, str], named: set[str], seed: int) -> str:
@@ -269,6 +296,15 @@ def in_order(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return ordered
 
 
+def waves(runs: Sequence[PlannedRun]) -> list[list[int]]:
+    """Numbers of the runs that can be at work together, each wave after the ones that it reads: one array of jobs each."""
+    writers: dict[Path, PlannedRun] = {run.place: run for run in runs}
+    depth: dict[Path, int] = {}
+    for run in in_order(runs):
+        depth[run.place] = max((depth[path] + 1 for path in run.reads() if path in writers), default=0)
+    return [[number for number, run in enumerate(runs) if depth[run.place] == wave] for wave in range(max(depth.values()) + 1)]
+
+
 class Runner:
     """Runs what is not done yet, some at a time; a run that fails is reported and stops none but those that read it.
 
@@ -290,7 +326,8 @@ class Runner:
     def run(self) -> int:
         """Run all; returns the exit code: 0, 1 if any is not done, 75 if a signal stopped it (the same command continues)."""
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-        before = {number: signal.signal(number, self._stop) for number in signals}
+        # One that is ignored stays ignored: nohup has seen to that.
+        before = {number: signal.signal(number, self._stop) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 for future in [pool.submit(self._one, run) for run in self.chosen]:
@@ -308,6 +345,9 @@ class Runner:
             for place in run.reads() & self.ended.keys():
                 self.ended[place].wait()
             self.outcomes[run.name] = self._outcome(run)
+        except (OSError, UserError) as error:  # a folder that cannot be written, a record that cannot be read
+            self._say(f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.folder}: FAILED: {error}")
+            self.outcomes[run.name] = "failed"
         finally:
             self.ended[run.place].set()
 
@@ -326,8 +366,9 @@ class Runner:
             return "not started"
         if self.stopped_by:
             return "not started"
-        log, began = run.folder.with_name(f"{run.name}.log"), time.monotonic()
-        self._say(f"{where}: {'starts' if state == 'new' else 'continues'}" + ("" if self.to_screen else f" (log: {log})"))
+        log, began = run.log, time.monotonic()
+        begins = state in ("new", "ended early", "pending")
+        self._say(f"{where}: {'starts' if begins else 'continues'}" + ("" if self.to_screen else f" (log: {log})"))
         code = 0
         for command in run.commands():
             code = code or self._execute(command, log)

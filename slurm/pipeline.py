@@ -323,7 +323,8 @@ def require_free(jobs: list[Job], queue: dict[str, str]) -> None:
 # ---- Submission -----------------------------------------------------------------------------------------------------
 
 
-def _slurm(*command: str) -> str:
+def slurm_command(*command: str) -> str:
+    """What a command of SLURM prints. UserError, with what it says, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"{' '.join(command)}\n{(done.stderr or done.stdout).strip()}")
@@ -347,13 +348,13 @@ def submit(jobs: list[Job], options: list[str], torchrun: bool) -> None:
             common = [option for option in options if option.startswith("-")]
             waits = [f"--dependency=afterok:{':'.join(other.id for other in job.after)}"] if job.after else []
             script = "slurm/multi_node.sbatch" if torchrun and job.run else "slurm/stage.sbatch"
-            job.id = _slurm("sbatch", "--parsable", "--hold", "--kill-on-invalid-dep=yes", f"--job-name={job.label}", *waits, *common, *own,
-                            script, *job.command).split(";")[0]  # id;cluster where there are several
+            job.id = slurm_command("sbatch", "--parsable", "--hold", "--kill-on-invalid-dep=yes", f"--job-name={job.label}", *waits,
+                                   *common, *own, script, *job.command).split(";")[0]  # id;cluster where there are several
         for job in jobs:
             if job.run and not read_finished(job.run):
                 waits_for = f" for {', '.join(other.id for other in job.after)}" if job.after else ""
                 write_status(job.run, "pending", f"job {job.id} waits{waits_for}", job.id)
-        _slurm("scontrol", "release", ",".join(job.id for job in jobs))
+        slurm_command("scontrol", "release", ",".join(job.id for job in jobs))
     except BaseException as error:
         submitted = [job for job in jobs if job.id]
         if submitted:

@@ -98,7 +98,7 @@ def small(command: str) -> list[str]:
         words += ["--quick"]
     if "benchmarks.corpus" in text:
         words += ["--quick", "--tokenizer", "data/demo-s9/corpus/tokenizer"]
-    if "submit_pipeline.sh" in text:
+    if "submit_pipeline.sh" in text or "submit_sweep.sh" in text:
         words += ["--plan"]  # all that can be done without a cluster; tests/test_slurm.py has one
     if "sweep.py" in text and "--report" not in text:
         words += ["--dry_run"]

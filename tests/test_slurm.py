@@ -221,7 +221,10 @@ def test_arrays_share_out_seeds_milestones_and_runs_of_a_sweep(chain, fakes, clu
     seeds = submit("--array=3,5", "slurm/seeds.sbatch", "train_moep_student.py", "--config", "configs/demo/moep.yaml", "training.lr=1e-3")
     scores = submit("--array=0-1", "slurm/milestones.sbatch", "models/scored", "--data", "evaluation data")
     sweep = submit("--array=0-1", "slurm/sweep.sbatch", "configs/demo/moep.yaml", "training.threads=1")
-    assert {cluster.wait(job) for job in (seeds, scores, sweep)} == {"COMPLETED"}
+    gaps = submit("--array=1,3", "slurm/milestones.sbatch", "models/scored", "--data", "evaluation data")
+    assert {cluster.wait(job) for job in (seeds, scores, sweep)} == {"COMPLETED"} and cluster.wait(gaps) == "FAILED"
+    assert "must have no gaps" in (folder / f"slurm/logs/milestones-{gaps}_1.out").read_text()
+    assert not list(folder.glob(f"arguments-{gaps}_*"))
 
     def lines(job, task):
         return (folder / f"arguments-{job}_{task}").read_text().splitlines()
@@ -235,6 +238,34 @@ def test_arrays_share_out_seeds_milestones_and_runs_of_a_sweep(chain, fakes, clu
     assert lines(scores, 1) == [f"models/scored --revision chck_{n}K --no-untrained --data evaluation data" for n in (1, 3)]
     for task in (0, 1):
         assert lines(sweep, task) == [f"--config configs/demo/moep.yaml --run {task} training.threads=1"]
+
+
+def test_a_sweep_is_submitted_with_students_after_their_teachers(chain, clusters, project):
+    """With the teacher preempted, and one teacher that fails: its own student alone is not started. What is done is not submitted again."""
+    cluster = clusters["requeue_exit"]
+    base = {"teacher": {"stage": "train_teacher.py", "config": "tiny/teacher.yaml"},
+            "KD": {"config": "tiny/student.yaml", "distillation.teacher": "models/sw/{text}-teacher-s1"}}
+    (project / "sw.yaml").write_text(yaml.safe_dump({
+        "name": "sw", "seeds": [1], "grid": {"text": {"good": {}, "bad": {"data.corpus": "nowhere"}}, "method": base}}, sort_keys=False))
+    submit = ["bash", "slurm/submit_sweep.sh", "sw.yaml", "training.threads=1"]
+    planned = cluster.run(*submit, "--plan", cwd=project)
+    assert re.findall(r"- +(\d.*)", planned) == ["0 good-teacher-s1, 2 bad-teacher-s1", "1 good-KD-s1, 3 bad-KD-s1  after these"]
+    cluster.wait(chain[1]["corpus"])  # its text is read here too
+    out = cluster.run(*submit, "--", "--time=20:00", cwd=project)
+    first, second = re.findall(r"^ *(\d+)  \d", out, re.MULTILINE)
+    student = project / "models/sw/good-KD-s1"
+    assert (status(student)["state"], status(student)["job"]) == ("pending", f"{second}_1")
+    again = subprocess.run(submit, cwd=project, env=cluster.env, capture_output=True, text=True)
+    assert again.returncode == 1 and "which is in the queue" in again.stderr
+    wait_until("the teacher trains", lambda: "step " in (project / f"slurm/logs/sw-{first}_0.out").read_text())
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{first}_0")
+    assert cluster.wait(first) == {"COMPLETED", "FAILED"} and cluster.wait(second) == {"COMPLETED", "FAILED"}
+    log = (project / f"slurm/logs/sw-{first}_0.out").read_text()
+    assert "goes back into the queue" in log and "resuming from models/sw/good-teacher-s1/checkpoint-" in log
+    assert (student / "run" / "finished.json").is_file() and status(student)["state"] == "done"
+    assert "not started, because bad-teacher-s1 is not done" in (project / f"slurm/logs/sw-{second}_3.out").read_text()
+    left = cluster.run(*submit, "--plan", cwd=project)
+    assert re.findall(r"- +(\d.*)", left) == ["2 bad-teacher-s1", "3 bad-KD-s1  after these"]
 
 
 @pytest.mark.parametrize("name", ["stock", "requeue_exit"])

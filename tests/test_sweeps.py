@@ -45,8 +45,10 @@ def sweep(tmp_path, write_yaml):
 
 
 def test_a_grid_is_every_combination_with_every_seed(sweep, tmp_path):
-    made = sweep({"training.lr": [1e-3, 0.5], "distillation.temperature": [1, 2]}, seeds=[1, 2], set={"training.steps": 7})
-    runs = plan(made, ["training.threads=1"])
+    made = sweep({"training.lr": [1e-3, 0.5], "distillation.temperature": [1, 2]}, seeds=[1, 2],
+                 set={"training.steps": 7, "training.batch_size": 3})
+    runs = plan(made, ["training.threads=1", "training.batch_size=4"])
+    assert {(run.config.training.threads, run.config.training.batch_size) for run in runs} == {(1, 4)}  # what is said last counts
     assert [run.name for run in runs][:3] == ["lr0p001-temperature1-s1", "lr0p001-temperature1-s2", "lr0p001-temperature2-s1"]
     assert len(runs) == len({run.folder for run in runs}) == 8 and runs[0].folder == tmp_path / "s" / "lr0p001-temperature1-s1"
     got = {(run.config.training.lr, run.config.distillation.temperature.start, run.config.seed) for run in runs}
@@ -110,7 +112,16 @@ def test_all_mistakes_are_said_before_anything_starts(sweep, tmp_path):
         with pytest.raises(UserError, match="(seed|name|fresh): given by the sweep itself"):
             plan(sweep({"training.lr": [1]}, **given), extra)
     with pytest.raises(UserError, match="two runs would be named a_b-s5"):
-        plan(sweep({"m": {"a b": {}, "a,b": {}}}))
+        plan(sweep({"m": {"a b": {}, "a,b": {"training.lr": 1}}}))
+    # A name must say what a run is.
+    with pytest.raises(UserError, match="a-s5 and b-s5 are the same run"):
+        plan(sweep({"m": {"a": {"logging.logging_steps": 3}, "b": {}}}))
+    with pytest.raises(UserError, match="grid: training.lr and m both set training.lr"):
+        plan(sweep({"m": {"a": {"training.lr": 1}, "b": {}}, "training.lr": [2]}))
+    for override, key in (("training.lr=2", "training.lr"), ("distillation.teachers.0.path=x", "distillation.teachers.0.path"),
+                          ("distillation={teacher: t}", "distillation")):
+        with pytest.raises(UserError, match=f"{key}: set by grid.(training.lr|distillation.teachers), so the name of a run would not say"):
+            plan(sweep({"training.lr": [1], "distillation.teachers": [[{"path": "a"}]]}), [override])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["baseline.yaml", "student.yaml"]
 
 
@@ -167,7 +178,8 @@ def finish(run, ce, **more):
     (run.folder / "run").mkdir(parents=True, exist_ok=True)
     (run.folder / "run" / "metrics.jsonl").write_text("")
     (run.folder / "run" / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump()))
-    (run.folder / "run" / "identity.json").write_text(json.dumps({**identity(run.config), "fingerprint.train": "x"}))
+    fingerprints = {"fingerprint.train": "x", "fingerprint.val": run.config.data.corpus, "fingerprint.tokenizer": "t"}
+    (run.folder / "run" / "identity.json").write_text(json.dumps({**identity(run.config), **fingerprints}))
     (run.folder / "run" / "finished.json").write_text(json.dumps({"steps": 4, "words_seen": 100, "ce": ce, "loss": 1 / ce, **more}))
 
 
@@ -235,8 +247,25 @@ def test_what_is_not_done_is_in_no_mean_and_said(sweep, reported, tmp_path):
     assert [row["state"] for row in rows] == ["done", "new", "done", "other settings"]
     assert "| 0.001 | 1 | **4.000** |" in text and "lr0p001-s2 is not done (new)" in text
     assert "lr0p01-s2 is not done (other settings)" in text
-    with pytest.raises(UserError, match="none of the 1 runs"):
+    with pytest.raises(UserError, match=r"none of the 1 runs in .* is done \(1 new\): python sweep.py"):
         reported(sweep({"training.lr": [1]}, name="empty"), {})
+    with pytest.raises(UserError, match=r"\(3 other settings, 1 new\).* differ in training.(lr, training.)?steps: give the report"):
+        reported(sweep({"training.lr": [1e-3, 1e-2]}, seeds=[1, 2], set={"training.steps": 5}), {})
+
+
+def test_what_was_measured_on_other_text_is_not_compared(sweep, reported):
+    """Here the corpus stands for its validation text (`finish`); seq_len is another way to measure something else."""
+    for key, values in (("data.corpus", ["a", "b"]), ("data.seq_len", [16, 32])):
+        made = sweep({"what": {str(value): {key: value} for value in values}, "method": {"CE": {"distillation.alpha": 1.0}, "KD": {}}},
+                     name=key.replace(".", "-"), control={"method": "CE"})
+        runs = [run.name for run in plan(made)]
+        _, text, out = reported(made, dict(zip(runs, (4.5, 4.4, 3.3, 3.0), strict=True)))
+        assert "No best" in text and "**" not in text and "no figure" in out
+        assert "| 4.400 | -0.100 |" in text and "| 3.000 | -0.300 |" in text  # each with a control of its own kind
+        made = sweep({"what": {str(value): {key: value} for value in values}}, name=f"{key.replace('.', '-')}-2",
+                     control={"what": str(values[0])})
+        _, text, _ = reported(made, {run.name: 4.0 for run in plan(made)})
+        assert "0.000" not in text.replace("4.000", "")
 
 
 def test_one_kind_of_validation_and_no_stale_scores(sweep, reported, tmp_path):
@@ -244,30 +273,33 @@ def test_one_kind_of_validation_and_no_stale_scores(sweep, reported, tmp_path):
     runs = plan(made)
     ces = {run.name: 4.0 for run in runs}
     _, text, _ = reported(made, ces, lr0p001__s5=50.0)
-    (runs[0].folder / "run" / "scores.json").write_text('{"ce": 3.0}')
+    (runs[0].folder / "run" / "scores.json").write_text('{"ce": 3.0, "validation": {"text": "a"}}')
     assert "4.000" in text and "50.00" in text
     old = time.time() - 100
     os.utime(tmp_path / "results" / "lr0p001-s5" / "main" / "zero_shot" / "causal" / "summary.json", (old, old))
     rows, text, _ = reported(made, ces)
     assert rows[0]["ce"] == "4.0" and "some runs have a run/scores.json and some have none" in text
     assert "older than the run" in text and "50.00" not in text
-    (runs[1].folder / "run" / "scores.json").write_text('{"ce": 3.5}')
+    (runs[1].folder / "run" / "scores.json").write_text('{"ce": 3.5, "validation": {"text": "a"}}')
     rows, text, _ = reported(made, ces)
-    assert [row["ce"] for row in rows] == ["3.0", "3.5"] and "the whole validation part" in text
+    assert [row["ce"] for row in rows] == ["3.0", "3.5"] and "the whole validation part" in text and "Best by" in text
+    (runs[1].folder / "run" / "scores.json").write_text('{"ce": 3.5, "validation": {"text": "b"}}')
+    assert "No best" in reported(made, ces)[1]
 
 
 def test_figures(sweep, reported, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path, save=figures.save: drawn.append(figure) or save(figure, path))
-    grid = sweep({"lambda": {"1": {"distillation.alpha": 0.5}, "9": {"distillation.alpha": 0.1}}, "distillation.temperature": [1, 2]})
-    names = [run.name for run in plan(grid)]
-    reported(grid, dict(zip(names[:3], (4.2, 4.3, 4.1), strict=True)))  # the fourth is not done: an empty cell
+    grid = sweep({"lambda": {"1": {"distillation.alpha": 0.5}, "9": {"distillation.alpha": 0.1}}, "distillation.temperature": [2, 1]})
+    names = [run.name for run in plan(grid)]  # the temperatures are drawn in ascending order
+    reported(grid, dict(zip([names[number] for number in (1, 0, 3)], (4.2, 4.3, 4.1), strict=True)))  # the fourth: an empty cell
     [panel, _] = drawn[-1].axes
     assert panel.images[0].get_array().tolist()[0] == [4.2, 4.3] and panel.get_ylabel() == "lambda" and panel.get_xlabel() == "temperature"
     assert [text.get_text() for text in panel.texts] == ["4.200", "4.300", "4.100"]
     [frame] = panel.patches
     assert (round(frame.get_x() + 0.48), round(frame.get_y() + 0.46)) == (0, 1)  # the lowest
-    lines = sweep({"words": {"250K": {}, "1M": {}}, "method": {"CE": {"training.lr": 1e-2}, "KD": {}}}, name="lines", seeds=[1, 2])
+    lines = sweep({"words": {"250K": {}, "1M": {"data.offset_seed": 3}}, "method": {"CE": {"training.lr": 1e-2}, "KD": {}}},
+                  name="lines", seeds=[1, 2])
     ces = {run.name: 4 + number / 10 for number, run in enumerate(plan(lines))}
     reported(lines, ces)
     [ax] = drawn[-1].axes
@@ -277,9 +309,45 @@ def test_figures(sweep, reported, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "lines" / "report.png").size[0] > 300
     reported(sweep({"method": {"a": {"training.lr": 1e-2}, "b": {}}}, name="none"), {"a-s5": 4.0, "b-s5": 4.1})
     assert len(drawn) == 2 and not (tmp_path / "none" / "report.png").exists()  # nothing numeric to draw
+    named = sweep({"distillation.divergence": ["forward_kl", "jsd"], "data.random_chunk": [True, False]}, name="named")
+    reported(named, {run.name: 4 + number for number, run in enumerate(plan(named))})
+    assert drawn[2].axes[0].images[0].get_array().tolist() == [[4, 5], [6, 7]]
+    assert [tick.get_text() for tick in drawn[2].axes[0].get_yticklabels()] == ["forward_kl", "jsd"]
 
 
 # ---- Running --------------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_can_be_at_work_together(sweep, tmp_path):
+    root = tmp_path / "s"
+    points = {"KD": {"distillation.teacher": str(root / "words{words}-teacher-s5")}, "teacher": {},
+              "last": {"distillation.teacher": str(root / "words{words}-KD-s5")}}
+    made = sweep({"words": {"250K": {"data.corpus": "small"}, "1M": {"data.corpus": "large"}}, "method": points})
+    assert sweeps.waves(plan(made)) == [[1, 4], [0, 3], [2, 5]]
+
+
+def test_what_cannot_be_written_or_read_is_a_failed_run(sweep, tmp_path, capfd):
+    runs = plan(sweep({"training.lr": [1, 2]}))
+    finish(runs[0], 4.0)
+    (runs[0].folder / "run" / "finished.json").write_text("{")
+    runs[1].folder.mkdir()
+    runs[1].log.mkdir()  # a log that cannot be written
+    assert sweeps.Runner(runs).run() == 1
+    said = capfd.readouterr().out
+    assert "lr1-s5: FAILED: " in said and "finished.json is damaged" in said and "2 runs: 2 failed" in said
+    assert "lr2-s5: FAILED: [Errno 21] Is a directory" in said
+
+
+def test_a_signal_that_is_ignored_stays_ignored(sweep):
+    runner, seen = sweeps.Runner(plan(sweep({"training.lr": [1]}))), []
+    runner._outcome = lambda run: seen.append([signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]) or "done"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert runner.run() == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [[signal.SIG_IGN, runner._stop]]
+    assert runner.run() == 0 and seen[1] == [runner._stop] * 2 and signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_sweep_of_real_runs(corpus, tmp_path, write_yaml, in_child, warm_python):
