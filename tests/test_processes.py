@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -102,8 +103,10 @@ def watch_writes(rank):
                 os.write(1, f"WROTE {os.fspath(path)}\n".encode())
 
     sys.addaudithook(audit)
-    saves = training.save_file
+    # These open files where no audit hook sees it.
+    saves, saves_any = training.save_file, torch.save
     training.save_file = lambda tensors, path: (os.write(1, f"WROTE {path}\n".encode()), saves(tensors, path))
+    torch.save = lambda values, path, *args, **keys: (os.write(1, f"WROTE {path}\n".encode()), saves_any(values, path, *args, **keys))
 
 
 def both(*functions):
@@ -318,6 +321,16 @@ def test_accelerate_takes_the_shipped_launch_configs(path):
     assert loaded.fsdp_config.get("fsdp_version", 2) == 2
     for name in re.findall(r"\S+\.(?:py|yaml)\b", "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))):
         assert (ROOT / name).is_file() or (path.parent / name).is_file(), name
+
+
+@pytest.mark.parametrize("launch", ["ddp", "fsdp"])
+def test_accelerate_launch_starts_a_stage(launch, home, warm_python):
+    done = subprocess.run([warm_python, "-m", "accelerate.commands.launch", "--config_file", ROOT / f"configs/accelerate/{launch}.yaml",
+                           "--num_processes", "2", "train_baseline.py", "--config", home / "plain.yaml", f"name=launched-{launch}",
+                           "training.steps=2", "logging.eval_steps=2"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 sequences = 2 process(es) x 4 x 1 accumulation" in done.stdout and ("sharding " in done.stdout) == (launch == "fsdp")
+    assert done.stdout.count("finished ") == 1 and (home / "models" / f"launched-{launch}" / "run" / "finished.json").is_file()
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
