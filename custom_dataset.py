@@ -202,7 +202,7 @@ def open_store(corpus: str | Path, part: str, tokenizer: Any, *, wait_s: float =
         lock = FileLock(f"{folder}.lock")
         with contextlib.suppress(Timeout), lock.acquire(timeout=0):
             return _open_or_build(folder, text, tokenizer, fingerprint)
-        print(f"another process is building {folder}: waiting for it", flush=True)
+        print(f"another process is {'checking' if folder.is_dir() else 'building'} {folder}: waiting for it", flush=True)
         with lock.acquire(timeout=wait_s):
             return _open_or_build(folder, text, tokenizer, fingerprint)
     except Timeout:

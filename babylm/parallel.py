@@ -9,6 +9,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -61,6 +62,12 @@ def read_launcher(config: RunConfig) -> None:
         raise UserError("distillation.offload_teacher does not go with training.fsdp, which shards the teachers too: choose one")
 
 
+def raise_in_all(error: UserError | None) -> None:
+    """Raise in every process what one of them was told; a process that ended alone would leave the others waiting for it."""
+    if told := [message for message in gather_object([str(error) if error else None]) if message]:
+        raise error or UserError(told[0])
+
+
 def require_same_view(folder: RunFolder, data: dict[str, str]) -> None:
     """UserError where a process reads other data than the main one, or does not see the run folder that the main one has opened.
 
@@ -109,6 +116,8 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, k
         keep_rest: whether that group stays gathered from the forward pass to the end of the backward pass.
         entrances: methods that gather as `forward` does.
     """
+    # It warns of modules that return views (MoE-P's do), which must not be written in place; nothing here does that.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=not keep_rest)

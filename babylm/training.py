@@ -95,9 +95,16 @@ def open_folder(config: RunConfig, stage: str, data: dict[str, str]) -> RunFolde
     """Open a run's folder, whose identity holds the fingerprints in `data`; None if the run is finished already."""
     state = PartialState()
     folder = RunFolder(config, stage, main=state.is_main_process)
+    refused = None
     with state.main_process_first():  # the main process checks, records and cleans up before the others look
-        folder.resume_from = folder.open(data)
+        try:
+            folder.resume_from = folder.open(data)
+        except UserError as error:
+            if state.num_processes == 1:
+                raise
+            refused = error  # the others are waiting, and have to hear of it
     if state.num_processes > 1:
+        parallel.raise_in_all(refused)
         parallel.require_same_view(folder, data)
     finished = None if config.dry_run and config.fresh else read_finished(folder.root)  # fresh: moved aside by now, or (dry run) not
     if finished:

@@ -190,7 +190,8 @@ def test_sharded_weights_train_what_whole_ones_do(home, one, on_processes):
 def test_a_sharded_mixture_of_experts_trains_what_a_whole_one_does(path, home, in_process, on_two_processes):
     keys = ["train_moep_student", "--config", home / "moep.yaml", f"model.expert_path={path}", "training.steps=4", "logging.eval_steps=2"]
     in_process(*keys, f"name=moep-whole-{path}")
-    on_two_processes(*keys, f"name=moep-sharded-{path}", "training.fsdp=true", "training.per_device_batch_size=2")
+    logs = on_two_processes(*keys, f"name=moep-sharded-{path}", "training.fsdp=true", "training.per_device_batch_size=2")
+    assert not any("UserWarning" in log for log in logs)
     require_same_run(home / "models" / f"moep-sharded-{path}", home / "models" / f"moep-whole-{path}")
 
 
@@ -366,6 +367,11 @@ def test_a_node_that_does_not_see_the_run_folder_is_an_error(home, on_two_proces
 
     logs = on_two_processes("train_baseline", "--config", home / "plain.yaml", "name=lost", before=elsewhere, codes=[1])
     assert all("process 1 on" in log and "put output= on a file system that they share" in log for log in logs)
+
+
+def test_what_the_main_process_refuses_ends_them_all_with_its_reason(home, one, on_two_processes):
+    logs = on_two_processes("train_student", "--config", home / "run.yaml", f"name={one.name}", "training.lr=0.1", codes=[1])
+    assert all("holds a run with other settings" in log and "Traceback" not in log for log in logs)
 
 
 def test_a_node_that_reads_other_data_is_an_error(home, monkeypatch):
