@@ -169,7 +169,7 @@ class PlannedRun:
         return changed + [path for path in _paths(now) if _at(written, path) != _at(now, path)]
 
     def state(self) -> str:
-        """done, other settings, what run/status.json says of a run that is not done, or new (and ended early, if it was tried).
+        """done, other settings, what run/status.json says of a run that is not done, or new (begun, if there is a log but no folder).
 
         A run is done if it finished with this very config. Text and teachers are not read again; the stage does that for a run
         that is started.
@@ -180,7 +180,7 @@ class PlannedRun:
             return "done"
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.folder / "run" / "status.json").read_text(encoding="utf-8"))["state"]
-        return "ended early" if self.log.is_file() else "new"  # it never came to have a folder
+        return "begun" if self.log.is_file() else "new"  # it never came to have a folder
 
     @property
     def log(self) -> Path:
@@ -367,7 +367,7 @@ class Runner:
         if self.stopped_by:
             return "not started"
         log, began = run.log, time.monotonic()
-        begins = state in ("new", "ended early", "pending")
+        begins = state in ("new", "begun", "pending")
         self._say(f"{where}: {'starts' if begins else 'continues'}" + ("" if self.to_screen else f" (log: {log})"))
         code = 0
         for command in run.commands():
