@@ -166,8 +166,11 @@ def model_config(section: ModelSection | MoEPModelSection, tokenizer: PreTrained
 
 
 def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
-    """A pretrained causal model from a folder (own code allowed) or the hub (own code refused, never asked about); in fp32, unless
-    `options` name another dtype."""
+    """A pretrained causal model from a folder or the hub; in fp32, unless `options` name another dtype.
+
+    A folder is trusted: all code that its config names runs, even where that is another repository's. Code of a hub name is refused,
+    and never asked about.
+    """
     options = {"dtype": torch.float32, **options}
     try:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=Path(path).exists(), **options)

@@ -4,13 +4,15 @@ No page and no terminal here: `interactive/chat.py` shows what this module makes
 
 Which code runs: architectures that transformers knows, and MoE-P, run the code that is installed here, whatever lies beside
 their weights. Any other modelling code is executed only from a run folder of this project (one with run/record.json, inside
-the models folder), and only if it is, byte for byte, a file of this project, or if --trust_remote_code was given. Weights are
-read from safetensors alone; a pickle is never opened.
+the models folder), only from files that lie right in it, and only if all that Python could import from it is, byte for byte,
+a file of this project, or if --trust_remote_code was given. Weights are read from safetensors alone; a pickle is never opened.
 """
 
+import importlib.machinery
 import importlib.util
 import json
 import math
+import os
 import re
 import threading
 import time
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
@@ -37,6 +41,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from babylm import models
 from babylm.run_folder import is_whole
@@ -48,6 +54,9 @@ CACHED_MODELS = 3
 CODE_RULE = ("GPT-2, Llama, the other architectures that transformers knows, and MoE-P run the code that is installed here. Other "
              "modelling code runs only from a run folder of this project, and only if it equals this project's own file")
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTABLE = (*importlib.machinery.all_suffixes(), ".pyw", ".pyd")  # .py, .pyc, .so, ...
+PLAIN_CLASS = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", re.ASCII)  # module.Class: no folder, no other repository
+PLAIN_WEIGHTS = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
@@ -220,10 +229,12 @@ class ModelsFolder:
         folder = self.root / run if milestone == MAIN else self.root / run / milestone
         if not (files := _listing(folder)):
             raise UserError(f"{run} {milestone} went away just now: choose another of the list")
-        for file in [folder, *files]:
-            if not self._inside(file):
-                raise UserError(f"{run} {milestone}: {file.name} is a link to outside the models folder, which is never followed")
+        if outside := self._link_outside([folder, *files]):
+            raise UserError(f"{run} {milestone}: {outside} is a link to outside the models folder, which is never followed")
         return folder
+
+    def _link_outside(self, files: Sequence[Path]) -> str | None:
+        return next((file.name for file in files if not self._inside(file)), None)
 
     def has_chat_template(self, run: str, milestone: str) -> bool:
         return _has_chat_template(self._place(run, milestone))
@@ -242,6 +253,9 @@ class ModelsFolder:
         if Path(path).exists() and not self._inside(Path(path)):
             raise UserError(f"its adapter's base {Path(path).name} lies outside the models folder: merge the adapter, or give --models "
                             "a folder that holds both")
+        if Path(path).is_dir() and (outside := self._link_outside(_listing(Path(path)))):
+            raise UserError(f"its adapter's base {Path(path).name}: {outside} is a link to outside the models folder, which is never "
+                            "followed")
         return path
 
 
@@ -306,9 +320,14 @@ class HubModels:
         # Of the repository only what is data: no code, no pickles.
         folder = self._download(run, milestone, "*.json", "*.safetensors", "*.jinja", "merges.txt")
         try:
-            return self._kept.get(folder, lambda: _load(folder, run, milestone, None, lambda path: path))
+            return self._kept.get(folder, lambda: _load(folder, run, milestone, None, self._adapter_base))
         except UserError as error:
             raise UserError(str(error).replace(str(folder), f"{self.repo}@{milestone}")) from error
+
+    def _adapter_base(self, path: str) -> str:
+        if os.path.lexists(path):  # a repository must not choose among the folders of whoever reads it
+            raise UserError("its adapter's base is a folder of this computer, not a repository of the hub: such a base is never loaded")
+        return path
 
 
 def _listing(folder: Path) -> list[Path]:
@@ -341,13 +360,15 @@ def _load(folder: Path, run: str, milestone: str, code: str | None, adapter_base
         adapter_base: checks where an adapter's base lies and returns it.
     """
     shown = f"{run} ({milestone})"
-    tokenizer = models.load_tokenizer(folder)
     notes = []
-    if (folder / "adapter_config.json").is_file():
-        model = _load_adapter(folder, shown, adapter_base)
-    else:
-        allowed = _check_code(folder, shown, code, notes)
-        model = _load_weights(str(folder), shown, allowed)
+    adapter = (folder / "adapter_config.json").is_file()
+    allowed = not adapter and _check_code(folder, shown, code, notes)
+    _check_tokenizer(folder, shown)
+    try:
+        tokenizer = models.load_tokenizer(folder)
+    except (TypeError, KeyError, AttributeError) as error:  # a config that garbles a key
+        raise UserError(f"no tokenizer in {shown}: {_line(error)}") from error
+    model = _load_adapter(folder, shown, adapter_base) if adapter else _load_weights(str(folder), shown, allowed)
     rows = model.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"{shown}: the tokenizer has {len(tokenizer):,} entries but the model predicts {rows:,}: one of them was changed "
@@ -365,24 +386,98 @@ def _load(folder: Path, run: str, milestone: str, code: str | None, adapter_base
 def _check_code(folder: Path, shown: str, code: str | None, notes: list[str]) -> bool:
     """Whether modelling code in `folder` has to be and may be executed (see the top of this module). UserError if it may not."""
     config = _read_json(folder / "config.json", "config")
-    files = sorted(folder.glob("*.py"))
-    changed = [file.name for file in files if not (ROOT / file.name).is_file() or (ROOT / file.name).read_bytes() != file.read_bytes()]
-    if config.get("model_type") in CONFIG_MAPPING:
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        changed = [file.name for file in sorted(folder.glob("*.py")) if not _is_ours(file)]
         if changed and config.get("auto_map"):
             notes.append(f"{', '.join(changed)} in this folder differs from this project's and was not run: the project's code was.")
         return False
-    kind = f"{shown} is a {config.get('model_type')!r} model, which needs modelling code of its own"
-    if any("--" in str(name) for name in (config.get("auto_map") or {}).values()):
-        raise UserError(f"{kind}, from another repository: such code never runs here")
+    what = f"{shown} is a {kind!r} model, which needs modelling code of its own"
+    # What a config names is read by transformers from wherever the name leads, so the names are checked before the files.
+    if "configuration_files" in config:
+        raise UserError(f"{what}, and its config names other config files, which are never read with such code")
+    modules = {file.stem for file in folder.glob("*.py")}
+    for name in _named_code(folder):
+        if not PLAIN_CLASS.fullmatch(name) or name.split(".")[0] not in modules:
+            raise UserError(f"{what}, and names {name!r}, which is no class in a file right in its folder: code of another repository or "
+                            "folder never runs here")
     if code is None:
-        raise UserError(f"{kind}; such code runs only from run folders of this project (with run/record.json)")
-    if not files or (changed and code != "any"):
-        raise UserError(f"{kind}; {', '.join(changed) or 'the file'} is not this project's: start with --trust_remote_code if you trust it")
+        raise UserError(f"{what}; such code runs only from run folders of this project (with run/record.json)")
+    files, links = _importable(folder)
+    if links:
+        raise UserError(f"{what}, and {links[0]} in its folder is a link: code never runs through links")
+    changed = [file.relative_to(folder).as_posix() for file in files if file.parent != folder or not _is_ours(file)]
+    if not modules or (changed and code != "any"):
+        raise UserError(f"{what}; {', '.join(changed) or 'the file'} is not this project's: start with --trust_remote_code if you trust it")
     return True
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file equals, byte for byte, the file of that name at the top of this project."""
+    return (ROOT / file.name).is_file() and (ROOT / file.name).read_bytes() == file.read_bytes()
+
+
+def _named_code(folder: Path) -> list[str]:
+    """Every class that an auto_map names, at any depth of any config beside the weights (model, generation, tokenizer, processor)."""
+    def leaves(value: Any, inside: bool) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from leaves(inner, inside or key == "auto_map")
+        elif isinstance(value, list):
+            for inner in value:
+                yield from leaves(inner, inside)
+        elif inside and value is not None:  # a tokenizer without a slow class has null in its place
+            yield str(value)
+
+    configs = [file for file in _listing(folder) if file.name.lower().endswith(".json") and "config" in file.name.lower()]
+    return [name for file in configs for name in leaves(_read_json(file, "config"), False)]
+
+
+def _importable(folder: Path) -> tuple[list[Path], list[str]]:
+    """(files that Python could import from a folder and the folders in it, names of links among them); milestones, resume states and
+    run/ are left out, since a load of this folder reads none of them."""
+    files, links = [], []
+    for place, folders, names in os.walk(folder):
+        if Path(place) == folder:
+            folders[:] = [name for name in folders if name != "run" and not name.startswith(("chck_", "checkpoint-"))]
+        code = [name for name in names if name.lower().endswith(IMPORTABLE)]
+        links += [name for name in [*folders, *code] if (Path(place) / name).is_symlink()]
+        files += [Path(place) / name for name in code]
+    return sorted(files), sorted(links)
+
+
+def _check_tokenizer(folder: Path, shown: str) -> None:
+    """UserError if the tokenizer's class is none: transformers takes the name of any class it has, models and pipelines included."""
+    for name in ("tokenizer_config.json", "config.json"):
+        named = _read_json(folder / name, "config").get("tokenizer_class") if (folder / name).is_file() else None
+        if named is None:
+            continue
+        try:
+            found = tokenizer_class_from_name(named) if isinstance(named, str) else object
+        except (ImportError, RuntimeError):  # a class whose packages are not installed
+            found = object
+        if found is not None and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+            raise UserError(f"{shown}: {name} names {str(named)[:80]!r} as its tokenizer's class, which is no tokenizer that can be used "
+                            "here")
+
+
+def _check_weights(folder: Path, shown: str) -> None:
+    """UserError if a file says that weights are to be read from anything but safetensors files right in this folder."""
+    named = []
+    for file in folder.glob("*.safetensors.index.json"):
+        shards = _read_json(file, "index of the weights").get("weight_map")
+        named += shards.values() if isinstance(shards, dict) else [shards]
+    if (given := _read_json(folder / "config.json", "config").get("transformers_weights")) is not None:
+        named.append(str(given).removesuffix(".index.json"))
+    if strange := [name for name in named if not PLAIN_WEIGHTS.fullmatch(str(name))]:
+        raise UserError(f"{shown}: its weights are to be read from {str(strange[0])[:80]!r}; only safetensors files right in its folder "
+                        "are read")
 
 
 def _load_weights(path: str, shown: str, allowed: bool) -> PreTrainedModel:
     """The model of a folder or of the hub's local cache, in fp32. UserError for damaged or missing weights."""
+    if Path(path).is_dir():
+        _check_weights(Path(path), shown)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=allowed, use_safetensors=True,
                                                              local_files_only=True, output_loading_info=True)
@@ -403,11 +498,25 @@ def _load_adapter(folder: Path, shown: str, adapter_base: Callable[[str], str]) 
     settings = _read_json(folder / "adapter_config.json", "adapter settings")
     if settings.get("peft_type") != "LORA" or not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{shown}: only LoRA adapters in safetensors are loaded here")
-    base = _load_weights(adapter_base(str(settings.get("base_model_name_or_path"))), f"the base of {shown}", False)
+    base = _cached(adapter_base(str(settings.get("base_model_name_or_path"))))
+    if (Path(base) / "adapter_config.json").is_file():  # transformers would go on to the base that it names, wherever that is
+        raise UserError(f"the base of {shown} is an adapter itself: merge it first")
+    base = _load_weights(base, f"the base of {shown}", False)
     try:
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"cannot load the adapter {shown}: {_line(error)}") from error
+
+
+def _cached(name: str) -> str:
+    """The folder of a hub model in the local cache, so that it is checked as a folder is; the name itself where it is not there."""
+    if Path(name).exists():
+        return name
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return name
+    return str(Path(found).parent) if isinstance(found, str) else name
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

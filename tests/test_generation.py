@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import TEMPLATE, make_models_folder, make_run
 from tokenizers import processors
 
 from babylm.models import load_causal_lm, load_tokenizer
+from babylm.run_folder import seal
 from babylm.schema import UserError
 from interactive import generation
 from interactive.generation import (
@@ -444,6 +446,201 @@ def test_code_beside_a_known_architecture_never_runs(root, own_code):
         model = ModelsFolder(folder.parent, trust_remote_code=trust).load("own", "main")
         assert type(model.model).__name__ == "GPT2LMHeadModel" and "modeling_own.py in this folder differs" in model.notes[0]
     assert not mark.exists()
+
+
+@pytest.fixture
+def disguised(own_code):
+    """disguised(auto_map, what the error says, ...): loading is refused and foreign code has not run, though beside the config lies an
+    innocent copy of this project's modeling_moep.py, so that all code in plain sight is the project's."""
+    folder, mark = own_code
+    (folder / "modeling_own.py").unlink()
+    shutil.copyfile(generation.ROOT / "modeling_moep.py", folder / "modeling_moep.py")
+    config = json.loads((folder / "config.json").read_text())
+
+    def fails(auto_map, says, trust=False, milestone="main", **more):
+        place = folder if milestone == "main" else folder / milestone
+        (place / "config.json").write_text(json.dumps({**config, "auto_map": auto_map, **more}))
+        if milestone != "main":
+            seal(place)
+        with pytest.raises(UserError, match=says):
+            ModelsFolder(folder.parent, trust_remote_code=trust).load("own", milestone)
+        assert not mark.exists()
+
+    fails.folder, fails.evil = folder, OWN_CODE.format(mark=str(mark))
+    return fails
+
+
+def both(module):
+    return {"AutoConfig": f"{module}.OwnConfig", "AutoModelForCausalLM": f"{module}.OwnModel"}
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_is_named_only_right_in_the_folder(disguised, tmp_path, trust):
+    """Not in a folder below, not elsewhere by an absolute path or .., not in another repository, not hidden in a list."""
+    for place in (disguised.folder / "sub", tmp_path / "elsewhere", disguised.folder / "chck_1K", disguised.folder / "run"):
+        place.mkdir(exist_ok=True)
+        (place / "evil.py").write_text(disguised.evil)
+    names = ["sub/evil", f"{tmp_path}/elsewhere/evil", "../../elsewhere/evil", "./sub/evil", "chck_1K/evil", "run/evil", "org/repo--evil",
+             f"{disguised.folder}/sub--evil", "modeling_moep/../sub/evil", "MODELING_MOEP", ""]
+    for name in names:
+        disguised(both(name), "no class in a file right in its folder", trust)
+        disguised({"AutoConfig": "modeling_moep.C", "AutoModelForCausalLM": [None, f"{name}.OwnModel"]}, "no class in a file", trust)
+    disguised(["sub/evil.OwnConfig"], "no class in a file", trust)
+    disguised("sub/evil.OwnConfig", "no class in a file", trust)
+    for strange in ("modeling_moep.a.b", "modeling_moep", "modeling_moep.C\n", 3, {"AutoConfig": {"deeper": "sub/evil.C"}}):
+        disguised({"AutoConfig": strange}, "no class in a file", trust)
+    disguised(both("modeling_moep"), "no class in a file", trust, text_config={"auto_map": both("sub/evil")})
+    for name in ("tokenizer_config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"):
+        file = disguised.folder / name
+        before = file.read_text() if file.exists() else None
+        file.write_text(json.dumps({**json.loads(before or "{}"), "auto_map": {"AutoTokenizer": ["sub/evil.C", None]}}))
+        disguised(both("modeling_moep"), "'sub/evil.C'", trust)
+        file.write_text(before) if before else file.unlink()
+
+
+def test_a_config_that_hands_over_to_another_is_refused(disguised):
+    """transformers reads the file that `configuration_files` names instead of config.json."""
+    (disguised.folder / "sub").mkdir()
+    (disguised.folder / "sub" / "evil.py").write_text(disguised.evil)
+    other = json.loads((disguised.folder / "config.json").read_text())
+    (disguised.folder / "config.4.0.0.json").write_text(json.dumps({**other, "auto_map": both("sub/evil")}))
+    disguised(both("modeling_moep"), "names other config files", configuration_files=["config.4.0.0.json"])
+
+
+@pytest.mark.parametrize("name", ["custom_generate/generate.py", "sub/deep/evil.py", "evil.py", "evil.pyc", "evil.so", "EVIL.PY",
+                                  "__pycache__/modeling_moep.cpython-311.pyc", "babylm/models.py"])
+def test_everything_importable_below_the_folder_is_compared(disguised, name):
+    """transformers loads custom_generate/generate.py of a trusted folder unasked."""
+    (disguised.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (disguised.folder / name).write_text(disguised.evil + "\ndef generate(*_, **__): ...\n")
+    disguised(both("modeling_moep"), f"{name} is not this project's: start with --trust_remote_code")
+
+
+def test_a_custom_generate_does_not_run_beside_the_projects_own_code(root, own_code):
+    folder, mark = own_code
+    shutil.rmtree(folder)
+    shutil.copytree(root / "group" / "moep", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_test_model", "auto_map": {
+        "AutoConfig": "modeling_moep.MoEPConfig", "AutoModelForCausalLM": "modeling_moep.MoEPForCausalLM"}}))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef generate(*_, **__): ...\n")
+    with pytest.raises(UserError, match="custom_generate/generate.py is not this project's"):
+        ModelsFolder(folder.parent).load("own", "main")
+    assert not mark.exists()
+    shutil.rmtree(folder / "custom_generate")
+    assert type(ModelsFolder(folder.parent).load("own", "main").model).__name__ == "MoEPForCausalLM"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_never_runs_through_links(disguised, tmp_path, trust):
+    """A linked folder is not walked into, and a link may lead elsewhere a moment later."""
+    (tmp_path / "models" / "aside").mkdir()
+    (tmp_path / "models" / "aside" / "generate.py").write_text(disguised.evil + "\ndef generate(*_, **__): ...\n")
+    (disguised.folder / "custom_generate").symlink_to(tmp_path / "models" / "aside")
+    disguised(both("modeling_moep"), "custom_generate in its folder is a link", trust)
+    (disguised.folder / "custom_generate").unlink()
+    (disguised.folder / "modeling_moep.py").rename(tmp_path / "models" / "aside" / "modeling_moep.py")
+    (disguised.folder / "modeling_moep.py").symlink_to(tmp_path / "models" / "aside" / "modeling_moep.py")
+    disguised(both("modeling_moep"), "modeling_moep.py in its folder is a link", trust)
+
+
+def test_a_milestone_is_checked_by_itself(disguised):
+    """The run's own folder is whole; what it vouches for does not extend to a milestone."""
+    place = disguised.folder / "chck_2K"
+    shutil.copytree(disguised.folder, place, ignore=shutil.ignore_patterns("run"))
+    (place / "custom_generate").mkdir()
+    (place / "custom_generate" / "generate.py").write_text(disguised.evil)
+    disguised(both("modeling_moep"), "custom_generate/generate.py is not this project's", milestone="chck_2K")
+
+
+def test_code_in_resume_states_and_milestones_does_not_bar_the_final_model(own_code, tmp_path, monkeypatch):
+    folder, mark = own_code
+    monkeypatch.setattr(generation, "ROOT", tmp_path / "project")
+    (tmp_path / "project").mkdir()
+    shutil.copyfile(folder / "modeling_own.py", tmp_path / "project" / "modeling_own.py")
+    for name in ("chck_1K", "checkpoint-3", "run"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "modeling_old.py").write_text("1 / 0")
+    assert type(ModelsFolder(folder.parent).load("own", "main").model).__name__ == "OwnModel" and mark.exists()
+
+
+@pytest.mark.parametrize("kind", [["gpt2"], {"gpt2": 1}, None, 7])
+def test_a_model_type_that_is_no_name_is_an_error_and_no_crash(disguised, kind):
+    disguised(both("sub/evil"), "needs modelling code of its own", model_type=kind)
+
+
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "AutoTokenizer", "GPT2LMHeadModel", "pipeline", "RagTokenizer", ["x"]])
+def test_a_tokenizer_is_a_tokenizer(root, tmp_path, name):
+    """transformers would call from_pretrained of any class that it has by that name."""
+    shutil.copytree(root / "tuned", tmp_path / "models" / "run")
+    for file in ("tokenizer_config.json", "config.json"):
+        path = tmp_path / "models" / "run" / file
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), "tokenizer_class": name}))
+        with pytest.raises(UserError, match="no tokenizer that can be used here"):
+            ModelsFolder(tmp_path / "models").load("run", "main")
+        path.write_text(before)
+
+
+def test_an_adapter_brings_no_code_and_no_other_folder(teachers, own_code, tmp_path):
+    """Its base is loaded without code, from its own folder: not from where an adapter in that folder points, nor through links."""
+    folder, mark = own_code
+    [adapter] = teachers("adapter")
+    shutil.copytree(adapter, folder.parent / "adapter")
+    (folder.parent / "adapter" / "run").mkdir(exist_ok=True)
+    (folder.parent / "adapter" / "run" / "record.json").write_text("{}")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+
+    def fails(base, says):
+        file = folder.parent / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+        with pytest.raises(UserError, match=says):
+            ModelsFolder(folder.parent, trust_remote_code=True).load("adapter", "main")
+        assert not mark.exists()
+
+    fails(folder, "cannot load the base of adapter")
+    nested = shutil.copytree(adapter.parent / "base", folder.parent / "nested")
+    shutil.copyfile(adapter / "adapter_config.json", nested / "adapter_config.json")
+    fails(nested, "is an adapter itself")
+    (nested / "adapter_config.json").unlink()
+    (nested / "model.safetensors").unlink()
+    (nested / "model.safetensors").symlink_to(adapter.parent / "base" / "model.safetensors")
+    fails(nested, "model.safetensors is a link to outside")
+
+
+def test_a_hub_model_cannot_choose_a_folder_of_this_computer(teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [adapter] = teachers("adapter")
+    hub_models = HubModels.__new__(HubModels)
+    monkeypatch.setattr(HubModels, "_download", lambda *_: adapter)
+    hub_models.repo, hub_models._kept = "org/adapter", generation._Kept()
+    with pytest.raises(UserError, match="base is a folder of this computer"):
+        hub_models.load("org/adapter", "main")
+
+
+def test_weights_are_read_from_safetensors_in_the_folder_alone(root, tmp_path):
+    """An index or a config may name other files: a pickle, or a file elsewhere."""
+    folder = tmp_path / "models" / "run"
+    shutil.copytree(root / "tuned", folder)
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "shard.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    shutil.copyfile(folder / "other.safetensors", tmp_path / "models" / "out.safetensors")
+    place, index = ModelsFolder(tmp_path / "models"), folder / "model.safetensors.index.json"
+    for name in ("shard.bin", "../out.safetensors", f"{tmp_path}/models/out.safetensors"):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+        with pytest.raises(UserError, match="only safetensors files right in its folder"):
+            place.load("run", "main")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "other.safetensors")}))
+    place.load("run", "main")
+    index.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "shard.bin").rename(folder / "adapter_model.bin")
+    for name in ("adapter_model.bin", "../out.safetensors"):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        with pytest.raises(UserError, match="only safetensors files right in its folder"):
+            place.load("run", "main")
 
 
 def test_a_pickle_is_never_opened(root, tmp_path):
