@@ -19,9 +19,11 @@ EPOCHS = 10  # how often a text may be seen; over the whole limit, that is the l
 LEDGER_KEYS = ("corpus_words", "corpus_sha256", "words_seen", "words_before_last_step", "tokenizer", "generated_words", "base", "teachers")
 BRINGS = {"tokenizer": "vocabulary brings", "base": "weights bring", "teacher": "distribution brings"}  # a helper's text into the budget
 
-# Instruct models whose rewards the challenge allows, by name; so are those of any language model below a billion parameters, which no
-# name tells.
-APPROVED = re.compile(r"Llama-3\.1-8B-Instruct|Llama-3\.2-[13]B-Instruct|Qwen[\d.]*-(0\.\d+|[1-8](\.\d+)?|9)B")
+# Instruct models whose rewards the challenge allows, by their whole official names (a server may leave the organisation out); so are
+# those of any language model below a billion parameters, which no name tells. What others made of such a model is another model.
+APPROVED = re.compile(r"(meta-llama/)?((Meta-)?Llama-3\.1-8B|Llama-3\.2-[13]B)-Instruct"
+                      r"|(Qwen/)?Qwen[\d.]*-(0[._]\d+|[1-8]([._]\d+)?|9)B(-Base|-Chat|-Instruct|-Thinking)?(-\d{4})?")
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a model's folder in the hub's cache, which holds snapshots/<commit>
 
 
 def word_ledger(config: RunConfig, tokenizer: str, fingerprint: str, teachers: list[str]) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def rl_ledger(config: RLConfig, fingerprint: str) -> dict[str, Any]:
     """The ledger of a run of stage 6, which reads no text of a corpus but learns from what it writes; the run adds generated_words.
 
     Models whose probabilities are rewards count as teachers: what they have read reaches the student through them. Judges, who give
-    grades, are named in `judges`.
+    grades, are named in `judges`: {"path", "hub"}, where hub is the model's name on the hub or at its server, None for a folder.
 
     Args:
         fingerprint: of the student's tokenizer.
@@ -53,7 +55,17 @@ def rl_ledger(config: RLConfig, fingerprint: str) -> dict[str, Any]:
             "tokenizer": tokenizer_text(config.model.path, fingerprint), "base": _helper(config.model.path),
             "teachers": [_helper(entry.teacher if entry.kind == "margin" else entry.model) for entry in config.rewards
                          if entry.kind in ("margin", "likelihood")],
-            "judges": [entry.model for entry in config.rewards if entry.kind == "judge"]}
+            "judges": [{"path": entry.model, "hub": entry.model if entry.server else _hub_name(entry.model)}
+                       for entry in config.rewards if entry.kind == "judge"]}
+
+
+def _hub_name(path: str) -> str | None:
+    """Which hub model a name stands for; None for a folder, whatever it is called, unless it lies in the hub's cache."""
+    if not Path(path).exists():
+        return path
+    *_, model, snapshots, _ = ["", "", "", *Path(path).absolute().parts]
+    cached = CACHED.fullmatch(model) if snapshots == "snapshots" else None
+    return f"{cached[1]}/{cached[2]}" if cached else None
 
 
 def tokenizer_text(path: str, fingerprint: str) -> dict[str, Any]:
@@ -117,6 +129,7 @@ class Account:
         words: of the text, None where it is unknown; sha256: of its content, by which equal texts are counted once.
         seen, before: words of it that the model's own weights have seen, to the last step and to the one before, repeats counted.
         missing: what a record ought to say and does not.
+        judge: who gives grades, by its name on the hub; empty for a folder that no record names.
     """
 
     what: str
@@ -126,6 +139,7 @@ class Account:
     seen: int = 0
     before: int = 0
     missing: str = ""
+    judge: str = ""
 
 
 def accounts(ledger: dict[str, Any], what: str = "this model", role: str = "this model", own: bool = True) -> list[Account]:
@@ -145,7 +159,10 @@ def accounts(ledger: dict[str, Any], what: str = "this model", role: str = "this
     rows.append(Account(f"{what}: tokenizer {tokenizer['source']}", "tokenizer", tokenizer["words"], tokenizer["sha256"]))
     if generated:
         rows.append(Account(f"{what}: generated", "generated", generated, None, *(generated, generated) if own else (0, 0)))
-    rows += [Account(f"{what}: rewards of {judge}", "judge", 0) for judge in ledger.get("judges", [])]
+    for judge in ledger.get("judges", []):
+        # An older record has the path alone, in which a folder cannot be told from a name without an organisation.
+        path, hub = (judge, judge if "/" in judge else None) if isinstance(judge, str) else (judge["path"], judge["hub"])
+        rows.append(Account(f"{what}: rewards of {path}", "judge", 0, judge=hub or ""))
     for kind, helper in [*([("base", ledger["base"])] if ledger["base"] else []), *(("teacher", one) for one in ledger["teachers"])]:
         name = f"{kind} {helper['path']}" + (f" of {what}" if what != "this model" else "")
         rows += accounts(helper["ledger"], name, kind, own and kind == "base") if helper["ledger"] is not None else [Account(name, kind)]
@@ -169,7 +186,7 @@ def verdict(rows: list[Account]) -> tuple[str, dict[str, list[str]]]:
     outside = [f"{row.what}: its training text is unknown, and its {BRINGS[row.role]} it into the budget"
                for row in rows if row.words is None and not row.missing]
     outside += [f"{row.what}: not known to be an approved teacher (Llama 3.1 8B, 3.2 3B or 1B Instruct, Qwen up to 9B, any model below 1B)"
-                for row in rows if row.role == "judge" and not APPROVED.search(row.what)]
+                for row in rows if row.role == "judge" and not APPROVED.fullmatch(row.judge)]
     repeats = [f"{same[0].what}: {sum(row.seen for row in same):,} words seen of a text of {same[0].words:,}, more than {EPOCHS} epochs"
                for same in texts.values() if same[0].role != "generated" and sum(row.before for row in same) >= EPOCHS * same[0].words]
     missing = [f"{row.what}: {row.missing}" for row in rows if row.missing]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from babylm import ledger as ledgers
+from babylm.config import RLConfig
 from babylm.ledger import accounts, ledger_text, text_in_all, verdict
 from custom_dataset import tokenizer_fingerprint
 
@@ -119,13 +120,50 @@ def test_a_run_of_stage_6_reads_nothing_and_counts_what_it_writes():
 
 
 @pytest.mark.parametrize(("judge", "legal"), [
-    ("meta-llama/Llama-3.1-8B-Instruct", True), ("meta-llama/Llama-3.2-1B-Instruct", True), ("Qwen/Qwen3-8B", True),
-    ("Qwen/Qwen2.5-0.5B-Instruct", True), ("Qwen/Qwen2.5-14B-Instruct", False), ("meta-llama/Llama-3.1-70B-Instruct", False),
-    ("gpt-4o", False)])
+    ("meta-llama/Llama-3.1-8B-Instruct", True), ("meta-llama/Meta-Llama-3.1-8B-Instruct", True), ("meta-llama/Llama-3.2-1B-Instruct", True),
+    ("meta-llama/Llama-3.2-3B-Instruct", True), ("Qwen/Qwen3-8B", True), ("Qwen/Qwen2.5-0.5B-Instruct", True), ("Qwen/Qwen3.5-9B", True),
+    ("Qwen/Qwen1.5-1.8B-Chat", True), ("Qwen/Qwen3-4B-Instruct-2507", True), ("Qwen3-8B", True),
+    ("Qwen/Qwen2.5-14B-Instruct", False), ("Qwen/Qwen3-30B-A3B", False), ("Qwen/Qwen1.5-MoE-A2.7B", False), ("Qwen/Qwen3-8B-A80B", False),
+    ("meta-llama/Llama-3.1-70B-Instruct", False), ("meta-llama/Llama-3.1-8B", False), ("meta-llama/Llama-3.2-11B-Instruct", False),
+    ("gpt-4o", False), ("openai/gpt-4o", False), ("someone/Llama-3.1-8B-Instruct-gpt4-distill", False), ("someone/Qwen3-8B", False),
+    ("someone/Llama-3.1-8B-Instruct", False), ("meta-llama/Llama-3.1-8B-Instruct-v2", False), ("meta-llama/Llama-3x1-8B-Instruct", False),
+    ("my/meta-llama/Llama-3.1-8B-Instruct", False), ("meta-llama/Llama-3.1-8B-Instruct\n", False), ("", False)])
 def test_rewards_are_for_approved_teachers_to_give(judge, legal):
-    decision, reasons = verdict(accounts(rewarded(judges=[judge])))
+    """By the whole official name: what others made of an approved model, or call like one, is another model."""
+    decision, reasons = verdict(accounts(rewarded(judges=[{"path": judge, "hub": judge}])))
     assert (decision == "legal for strict-small") is legal
     assert legal or f"rewards of {judge}: not known to be an approved teacher" in reasons["strict"][0]
+
+
+@pytest.mark.parametrize("path", ["models/student-Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_only_the_judges_own_name_approves_it(path):
+    """Neither the name of a base that it judged, nor that of a folder."""
+    judged = {**rewarded(judges=[{"path": "openai/gpt-4o", "hub": "openai/gpt-4o"}])}
+    later = {**ledger(words=0, seen=0, before=0, generated=1000), "base": {"path": path, "ledger": judged}}
+    [row] = [row for row in accounts(later) if row.role == "judge"]
+    assert row.what == f"base {path}: rewards of openai/gpt-4o" and row.judge == "openai/gpt-4o"
+    assert verdict(accounts(later))[0] == "research only"
+    assert verdict(accounts(rewarded(judges=[{"path": path, "hub": None}])))[0] == "research only"
+
+
+def test_judges_of_older_records_are_names_if_they_have_an_organisation():
+    for judge, decision in (("Qwen/Qwen3-8B", "legal for strict-small"), ("Qwen3-8B", "research only")):
+        assert verdict(accounts(rewarded(judges=[judge])))[0] == decision
+
+
+def test_a_folder_is_the_hub_model_that_its_place_in_the_cache_says_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cached = "hub/models--Qwen--Qwen3-8B/snapshots/0123abc"
+    for folder in ("Qwen/Qwen3-8B", "Qwen3-4B", cached, "hub/models--Qwen--Qwen3-8B/other/0123abc", "models/run"):
+        Path(folder).mkdir(parents=True)
+    named = {"Qwen/Qwen3-8B": None, "Qwen3-4B": None, "./Qwen3-4B": None, cached: "Qwen/Qwen3-8B", str(tmp_path / cached): "Qwen/Qwen3-8B",
+             "hub/models--Qwen--Qwen3-8B/other/0123abc": None, "models/run": None, "Qwen/Qwen3-4B": "Qwen/Qwen3-4B", ".": None, "/": None}
+    assert {path: ledgers._hub_name(path) for path in named} == named
+    base = {"kind": "judge"}
+    config = RLConfig(**{"name": "r", "model": {"path": "models/run"}, "training": {"steps": 1}, "rewards": [
+        {**base, "model": "Qwen/Qwen3-8B"}, {**base, "model": "Qwen/Qwen3-8B", "server": "http://localhost:1/v1"}]})
+    assert ledgers.rl_ledger(config, "f")["judges"] == [{"path": "Qwen/Qwen3-8B", "hub": None},
+                                                        {"path": "Qwen/Qwen3-8B", "hub": "Qwen/Qwen3-8B"}]
 
 
 def test_the_table_says_what_is_unknown_and_never_a_number_for_it():
