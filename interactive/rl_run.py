@@ -307,13 +307,13 @@ class RLRun:
         """
         began, config = time.monotonic(), self.config
         batch = config.training.per_device_batch_size or config.training.batch_size
-        with self._autocast():
+        with self.autocast():
             row = {**self._where(), **scoring.validate(Distiller(model), self.val, batch, self.device)}
         if count := config.logging.eval_prompts:
             section = config.generation
             rows = range(count)[self.state.process_index::self.state.num_processes]
             prompts = self.prompts.batch(0, count)
-            with self._autocast():
+            with self.autocast():
                 samples = sample(model, self.tokenizer, [prompts[r] for r in rows], seeds_of(config.seed, 0, rows, "validation"),
                                  max_new_tokens=section.max_new_tokens, temperature=section.temperature, batch_size=batch)
                 for name, which in (("logprobs", model), ("reference_logprobs", self.reference)):
@@ -331,7 +331,8 @@ class RLRun:
         self.say(f"  validation at step {self.step:,}: {' | '.join(shown)} | perplexity {row['perplexity']:.2f}")
         return row
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> torch.autocast:
+        """Within it, every model computes in the run's precision."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.training.precision == "bf16")
 
     # -- files

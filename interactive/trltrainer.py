@@ -14,6 +14,7 @@ What TRL does otherwise, and why it is not left to it here:
 TRL is imported where it is used: installations that do not train by these algorithms need not have it.
 """
 
+import contextlib
 import copy
 import math
 import warnings
@@ -150,7 +151,8 @@ def trainer_arguments(state: PolicyState, per_device: int, accumulation: int) ->
     training, run = state.config.training, state.run
     return {"output_dir": str(run.folder.run), "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
             "learning_rate": training.lr, "lr_scheduler_type": "constant", "max_grad_norm": training.grad_clip, "seed": state.config.seed,
-            "bf16": training.precision == "bf16", "fp16": False, "use_cpu": run.device.type == "cpu",
+            # In bf16 accelerate would replace the model's forward, and its body and head would then compute otherwise than it does.
+            "bf16": False, "fp16": False, "use_cpu": run.device.type == "cpu",
             "gradient_checkpointing": training.gradient_checkpointing, "router_aux_loss_coef": 0.0,
             # The run decides when to log, validate and save.
             "logging_strategy": "no", "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -169,6 +171,11 @@ def quiet(base: type) -> type:
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             self._metrics["train"].clear()
+
+        def compute_loss_context_manager(self) -> contextlib.ExitStack:
+            contexts = super().compute_loss_context_manager()
+            contexts.enter_context(self.policy_state.run.autocast())
+            return contexts
 
         def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
             loss = super().training_step(*args, **options)
@@ -245,7 +252,7 @@ def group_trainer(state: PolicyState) -> Any:
             share = size // run.state.num_processes  # rows in order: TRL takes `group` rows after each other for one prompt
             rows = range(share * run.state.process_index, share * (run.state.process_index + 1))
             prompts = run.prompts.batch(run.step, size // section.group)
-            with self.accelerator.autocast():
+            with run.autocast():
                 self.samples = sample(self.accelerator.unwrap_model(self.model_wrapped), run.tokenizer,
                                       [prompts[row // section.group] for row in rows], seeds_of(config.seed, run.step, rows),
                                       max_new_tokens=config.generation.max_new_tokens, temperature=config.generation.temperature,
@@ -285,7 +292,7 @@ def group_trainer(state: PolicyState) -> Any:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # prompts are padded on the left
             for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
                 chosen = slice(int(rows[0]), int(rows[-1]) + 1)
-                with self.accelerator.autocast():
+                with run.autocast():
                     outputs = model(input_ids=input_ids[chosen], attention_mask=attention_mask[chosen], position_ids=positions[chosen],
                                     labels=labels[chosen], fused_lm_head=True)
                 found.append((outputs.log_probs[:, -logits_to_keep:],
@@ -408,11 +415,10 @@ def dpo_round(trainer: Any, state: PolicyState) -> None:
     config, run = state.config, state.run
     section, processes = config.dpo, run.state.num_processes
     per_device = pairs_per_device(config, processes)[0]
-    autocast = trainer.accelerator.autocast
     rows = range(2 * section.prompts_per_round)[run.state.process_index::processes]
     prompts = run.prompts.batch(run.step, section.prompts_per_round)
     temperature = config.generation.temperature
-    with autocast():
+    with run.autocast():
         mine = sample(state.model, run.tokenizer, [prompts[row // 2] for row in rows], seeds_of(config.seed, run.step, rows),
                       max_new_tokens=config.generation.max_new_tokens, temperature=temperature, batch_size=2 * per_device)
         for name, model in (("logprobs", state.model), ("reference_logprobs", run.reference)):

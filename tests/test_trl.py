@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import signal
 import sys
 from collections import Counter
@@ -9,9 +10,10 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from babylm import models, run_folder
-from babylm.config import ModelSection, RLConfig
+from babylm.config import ModelSection, MoEPModelSection, RLConfig
 from babylm.run_folder import Preempted
 from babylm.schema import UserError, check
 from interactive import rl_run, rollout, trltrainer
@@ -42,7 +44,9 @@ def students(tokenizer, tmp_path_factory):
     def path(architecture):
         if not (folder / architecture).exists():
             (folder / architecture).mkdir()
-            section = ModelSection(architecture=architecture, layers=1, width=16, heads=2, max_positions=64, dropout=0.3)
+            section = (MoEPModelSection(layers=3, width=16, heads=2, parallel_width=8, parallel_heads=2, max_positions=64)
+                       if architecture == "moep" else
+                       ModelSection(architecture=architecture, layers=1, width=16, heads=2, max_positions=64, dropout=0.3))
             model = models.build_model(section, tokenizer, seed=1)
             if architecture == "gpt2":  # a bandit with arms worth trying: the end and one token are likely enough to be met
                 with torch.no_grad():
@@ -137,21 +141,59 @@ def likes_short(_, ids):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dpo"])
-@pytest.mark.parametrize("reward", [likes_a_token, likes_short])
-def test_a_toy_reward_is_learned(opened, algorithm, reward, monkeypatch):
+@pytest.mark.parametrize(("reward", "precision"), [(likes_a_token, "fp32"), (likes_short, "bf16")])
+def test_a_toy_reward_is_learned(opened, algorithm, reward, precision, monkeypatch):
     base_trainer = importlib.import_module("trl.trainer.base_trainer")
     monkeypatch.setattr(base_trainer, "send_telemetry", lambda *_, **__: pytest.fail("TRL reported its use to a server"))
-    config, run, policy = opened(algorithm, reward, training={"steps": 3 if algorithm == "dpo" else 9, "lr": 2e-2},
-                                 logging={"eval_prompts": 32, "logging_steps": 100})
+    steps = 3 if algorithm == "dpo" else 9
+    config, run, policy = opened(algorithm, reward, training={"steps": steps, "lr": 2e-2, "precision": precision},
+                                 logging={"eval_prompts": 32, "logging_steps": 100, "eval_steps": steps - 1})
     policy.config.pad_token_id = None  # as in models whose pad token is their end token
     trltrainer.train(config, run, policy)
-    first, last = rows(run, "eval")[0], rows(run, "eval")[-1]
-    assert last["reward"] - first["reward"] > 0.3
+    first, middle, last = rows(run, "eval")
+    assert middle["step"] == steps - 1 and last["reward"] - first["reward"] > 0.3
     assert last["kl"] > 0.3, "nothing holds the policy back here: what is held back in the next test was free to move"
     saved = models.load_causal_lm(str(run.folder.root))
     assert saved.config.pad_token_id is None, "TRL wrote its own"
     assert saved.config.resid_pdrop == 0.3, "dropout is off in training, not in the model's config"
     assert "generated_from_trainer" not in (run.folder.root / "README.md").read_text() and not (run.folder.run / "README.md").exists()
+
+
+@pytest.mark.parametrize("algorithm, student", [("grpo", "llama"), ("rloo", "gpt2"), ("dpo", "llama"), ("grpo", "moep")])
+def test_in_bf16_every_pass_computes_in_it_and_the_update_scores_what_the_rollout_did(opened, algorithm, student):
+    own = {"beta": 0.1, **({"prompts_per_round": 16} if algorithm == "dpo" else {})}  # one optimizer step in every step of the run
+    config, run, policy = opened(algorithm, lambda _, ids: sum(ids) % 7, student=student, training={"steps": 2, "precision": "bf16"},
+                                 logging={"eval_steps": 1, "eval_prompts": 4}, **{algorithm: own})
+    start = models.load_causal_lm(config.model.path)
+    inner = next(module for name, module in policy.base_model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D))
+    passes, written, scored, score = set(), [], [], run.score
+
+    def seen(module, inputs, output):
+        if not run.done:  # what is saved in the end is compared in full precision
+            passes.add((torch.is_grad_enabled(), output.dtype))
+
+    inner.register_forward_hook(seen)
+
+    def note(model, args, inputs, outputs):
+        if inputs.get("fused_lm_head") and torch.is_grad_enabled() and run.step == 0:
+            scored.extend(zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], outputs.log_probs.detach(), strict=True))
+
+    def kept(samples):
+        score(samples)
+        written.append(samples)
+
+    policy.register_forward_hook(note, with_kwargs=True)
+    run.score = kept
+    trltrainer.train(config, run, policy)
+    assert passes == {(True, torch.bfloat16), (False, torch.bfloat16)} and policy.dtype == torch.float32
+    assert [row["step"] for row in rows(run, "eval")] == [0, 1, 2] and all(math.isfinite(row["ce"]) for row in rows(run, "eval"))
+    with run.autocast():  # the second batch that was scored is the first one to learn from
+        found = rollout.completion_logprobs(rollout.body_and_head(start, "policy"), written[1])
+    sampled = {(*s.prompt_ids, *s.completion_ids): values for s, values in zip(written[1], found, strict=True)}
+    assert len(scored) > 16
+    for ids, there, labels, logprobs in scored:
+        torch.testing.assert_close(logprobs[labels[1:] != -100], sampled[tuple(ids[there == 1].tolist())], rtol=0, atol=0.03)
+    assert rows(run, "train")[0]["kl"] == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("algorithm, lr", [("grpo", 3e-3), ("rloo", 3e-3), ("dpo", 1e-3)])
