@@ -5,9 +5,9 @@ Each reward is a callable in the form that TRL's trainers take,
     reward(prompts: list[str], completions: list[str], **kwargs) -> list[float | None]
 
 where `kwargs` hold `completion_ids` (the sampled tokens of each completion, its end token included where one was sampled) and
-perhaps `prompt_ids` (TRL passes none: prompts are then tokenised again). None means that the completion could not be judged: it is
+perhaps `prompt_ids` (without them prompts are tokenised again). None means that the completion could not be judged: it is
 left out and counted, and never earns something in between. `build_rewards` makes the rewards of a config; `combine` adds them up by
-their weights and says how each of them was distributed; `CombinedReward` is that sum as one callable.
+their weights and says how each of them was distributed.
 
 What each is for, and how it can be gamed:
 - `margin`, a learned grammar reward: what a stronger teacher finds likelier than the policy's starting point did;
@@ -118,7 +118,7 @@ class CompletionScorer:
 
 
 class Reward:
-    """What all rewards have: `__name__` (unique in a run; TRL logs by it), `weight` in the sum, `counts` for the log."""
+    """What all rewards have: `__name__` (unique in a run; the log's name of it), `weight` in the sum, `counts` for the log."""
 
     def __init__(self, name: str, entry: RewardSection):
         self.__name__ = name
@@ -453,28 +453,3 @@ def _moments(prefix: str, values: Parts) -> dict[str, float]:
         return {}
     mean = math.fsum(known) / len(known)
     return {f"{prefix}mean": mean, f"{prefix}std": math.sqrt(math.fsum((value - mean) ** 2 for value in known) / len(known))}
-
-
-class CombinedReward:
-    """The weighted sum of several rewards as one callable, for TRL's trainers.
-
-    Given the rewards one by one, TRL adds up what is there (nansum): a completion without a grade would earn the rest of its
-    rewards, as if the judge had given 0. As one callable such a completion is None, and TRL leaves it out of loss and baseline.
-
-    Attributes:
-        last: `Scores` of the last call.
-    """
-
-    __name__ = "reward"
-    weight = 1.0
-
-    def __init__(self, rewards: Sequence[Reward]):
-        self.rewards = list(rewards)
-        self.last: Scores | None = None
-
-    def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> Parts:
-        """The totals; where TRL passes `log_metric`, the parts' statistics go into its log."""
-        self.last = combine(self.rewards, prompts, completions, **kwargs)
-        for name, value in self.last.stats.items() if kwargs.get("log_metric") else ():
-            kwargs["log_metric"](name, value)
-        return self.last.total

@@ -22,7 +22,7 @@ from babylm.config import (
 from babylm.schema import UserError
 from interactive import reward as reward_module
 from interactive.judge import SHIPPED_RUBRIC
-from interactive.reward import CombinedReward, CompletionScorer, Reward, build_rewards, combine, reward_fingerprints
+from interactive.reward import CompletionScorer, Reward, build_rewards, combine, reward_fingerprints
 
 PROMPTS = ["The cat", "She said that the old man", "We"]
 COMPLETIONS = [" sat on the mat.", " was", " went home and then we went home again."]
@@ -287,34 +287,6 @@ def test_names_are_unique(tokenizer):
     rewards = build(tokenizer, window, RandomReward(kind="random"), window, window)
     assert [reward.__name__ for reward in rewards] == ["length", "random", "length_2", "length_3"] and rewards[0].weight == 3
     assert set(combine(rewards, ["p"], ["c"], completion_ids=[[1]]).parts) == {"length", "random", "length_2", "length_3"}
-
-
-def test_trl_leaves_an_excluded_completion_out(tokenizer, teachers, tmp_path):
-    """TRL's own bookkeeping: a part that is missing must not become a 0 in the sum. The policy is real, so is the trainer."""
-    pytest.importorskip("trl")
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Every(Reward):
-        def __init__(self, name, missing):
-            super().__init__(name, SimpleNamespace(weight=1.0))
-            self.missing, self.seen = missing, []
-
-        def __call__(self, prompts, completions, **kwargs):
-            self.seen.append(kwargs["completion_ids"])
-            return [None if number in self.missing else 5.0 + number for number in range(len(completions))]
-
-    first, second = Every("first", {0}), Every("second", {1})
-    combined = CombinedReward([first, second])
-    arguments = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=4, max_steps=1,
-                           report_to=[], use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True, bf16=False)
-    policy = teachers("llama")[0]
-    trainer = GRPOTrainer(model=models.load_causal_lm(str(policy)), processing_class=models.load_tokenizer(policy), args=arguments,
-                          reward_funcs=[combined], train_dataset=Dataset.from_dict({"prompt": ["The cat"] * 4}))
-    trainer.train()
-    assert combined.last.total == [None, None, 14.0, 16.0] and all(type(ids) is list for ids in first.seen[0])
-    log = trainer.state.log_history[0]
-    assert log["rewards/reward/mean"] == 15.0 and log["excluded"] == 2 and log["second/mean"] == pytest.approx((5 + 7 + 8) / 3)
 
 
 # ---- Before anything is computed ------------------------------------------------------------------------------------
