@@ -108,10 +108,21 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: 
             # Up to the first end token, by position: comparing with the pad token would cut at one that was sampled, and GPT-2's
             # pad token is its end token.
             length = row.index(end) + 1 if end in row else len(row)
-            samples.append(Sample(prompt, tokenizer.decode(row[:length], skip_special_tokens=True), list(prompt_ids), row[:length],
+            samples.append(Sample(prompt, text_after(tokenizer, prompt_ids, row[:length]), list(prompt_ids), row[:length],
                                   finished=row[length - 1] == end))
     model.generation_config = own
     return samples
+
+
+def text_after(tokenizer: PreTrainedTokenizerFast, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """What `ids` add to the text of `prompt_ids`, special tokens left out.
+
+    Decoded alone they would begin a text: tokenizers in the manner of SentencePiece leave out the space that a text begins with.
+    """
+    before, whole = (tokenizer.decode(one, skip_special_tokens=True) for one in (list(prompt_ids), [*prompt_ids, *ids]))
+    if whole.startswith(before):
+        return whole[len(before):]
+    return tokenizer.decode(list(ids), skip_special_tokens=True)  # its first bytes make the prompt's last ones no character any more
 
 
 def pad(rows: Sequence[Sequence[int]], left: bool = False, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

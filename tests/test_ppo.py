@@ -9,6 +9,11 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import models as tokenizer_models
+from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from babylm import models
 from babylm.config import KLSection, ModelSection, MoEPModelSection, RLConfig
@@ -147,6 +152,52 @@ def test_a_completion_ends_with_its_first_end_token_even_where_that_is_the_pad_t
 
     first, second = rollout.sample(Scripted(), tokenizer, ["a", "b"], [0, 1], max_new_tokens=4)
     assert first.completion_ids == [pad, end] and second.completion_ids == [9, pad, pad, end] and first.finished and second.finished
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    """A tokenizer in the manner of Llama 2: words begin with a mark that stands for a space, unknown characters are bytes, and the
+    decoder leaves out the first space of a text."""
+    core = Tokenizer(tokenizer_models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.train_from_iterator(["the dog went home", "the dog ran"] * 9, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False))
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    # No special tokens for transformers' own eyes but these: bytes are read as text.
+    core = Tokenizer.from_str(json.dumps({**(held := json.loads(core.to_str())), "added_tokens": held["added_tokens"][:3]}))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def written(tokenizer, prompt, completion_ids):
+    """The Sample of a model that writes these ids after the prompt."""
+
+    class Scripted(torch.nn.Module):
+        config, device, generation_config = GPT2Config(), torch.device("cpu"), GenerationConfig()
+
+        def generate(self, input_ids, **_):
+            return torch.cat([input_ids, torch.tensor([completion_ids])], 1)
+
+    return rollout.sample(Scripted(), tokenizer, [prompt], [0], max_new_tokens=len(completion_ids))[0]
+
+
+def test_a_completion_keeps_the_space_that_its_first_word_begins_with(metaspace):
+    end = metaspace.eos_token_id
+    went = metaspace("the dog went", add_special_tokens=False).input_ids[-1]
+    assert metaspace.convert_ids_to_tokens(went) == "▁went" and metaspace.decode([went]) == "went"
+    first = written(metaspace, "the dog", [went, end])
+    assert (first.completion, first.words) == (" went", 1)
+    assert written(metaspace, "the do", metaspace.convert_tokens_to_ids(["g", "▁went"])).completion == "g went"
+    assert written(metaspace, "the dog", [end]).completion == ""
+    # 日 is three bytes; a fourth that belongs to no character spoils the decoder's whole run of bytes, the prompt's among them
+    assert written(metaspace, "the 日", metaspace.convert_tokens_to_ids(["<0x80>", "▁went"])).completion == "� went"
+    assert written(metaspace, "the 日", metaspace("日", add_special_tokens=False).input_ids[-3:]).completion == "日"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=st.text(min_size=1), ids=st.lists(st.integers(0, 511), min_size=1, max_size=6))
+def test_a_completion_in_bytes_is_decoded_as_it_would_be_alone(tokenizer, prompt, ids):
+    assert rollout.text_after(tokenizer, tokenizer(prompt).input_ids, ids) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("llama", 1.0), ("gpt2", 2.0)])
