@@ -168,6 +168,7 @@ class Term(nn.Module):
     """A term beside CE and KL: its `forward` maps a View to an Outcome. What it trains follows the student into the optimizer."""
 
     reads_teachers = False  # whether the teachers must be run for it
+    fused_passes = 0  # how often it calls the fused loss, which computes the teachers' logits each time
 
     def student_states(self) -> set[int]:
         """The student's states that it reads, beside the last (0 = embeddings, i = output of block i)."""
@@ -175,6 +176,14 @@ class Term(nn.Module):
 
     def columns(self) -> list[str]:
         """Names of its figures in validation, the same on every process; those of an Outcome are among them."""
+        raise NotImplementedError
+
+    def flops_per_token(self, seq_len: int, head: torch.Tensor) -> float:
+        """FLOPs of its matrix products per token, forward and backward, apart from those of teachers' heads.
+
+        Args:
+            head: the student's, [V, D].
+        """
         raise NotImplementedError
 
 
@@ -215,6 +224,9 @@ class HiddenTerm(Term):
     def columns(self) -> list[str]:
         return ["hidden"]
 
+    def flops_per_token(self, seq_len: int, head: torch.Tensor) -> float:
+        return 6.0 * _weights_of(self.projections)
+
 
 class ContrastiveTerm(Term):
     """InfoNCE between projected last states (losses.info_nce); with several teachers the weighted mean of theirs."""
@@ -236,6 +248,11 @@ class ContrastiveTerm(Term):
     def columns(self) -> list[str]:
         return ["contrastive"]
 
+    def flops_per_token(self, seq_len: int, head: torch.Tensor) -> float:
+        similarities = 6.0 * seq_len * self.student_projection.out_features * len(self.teacher_projections)
+        # No gradient goes on into a teacher: 4 of the 6.
+        return 6.0 * _weights_of(self.student_projection) + 4.0 * _weights_of(self.teacher_projections) + similarities
+
 
 class AuxiliaryTerm(Term):
     """Classifiers on shallow blocks, each with the student's own objective (CE and KL to the same teachers).
@@ -254,6 +271,7 @@ class AuxiliaryTerm(Term):
         self.blocks, self.adaptive, self.shares = section.blocks, section.weighting == "adaptive", shares
         self.feature_weight, self.kinds = section.feature_weight, ("ce", "kl") if teachers else ("ce",)
         self.reads_teachers = self.feature_weight > 0
+        self.fused_passes = len(section.blocks) * (1 + self.adaptive)
         self.features, self.heads, self.projections = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for block in section.blocks:
             width, name = student_widths[block], str(block)
@@ -307,6 +325,11 @@ class AuxiliaryTerm(Term):
     def student_states(self) -> set[int]:
         return set(self.blocks)
 
+    def flops_per_token(self, seq_len: int, head: torch.Tensor) -> float:
+        heads = [self.heads[str(block)].weight if self.heads else head for block in self.blocks]
+        logits = sum(2.0 * weight.numel() * (2 + weight.requires_grad + self.adaptive) for weight in heads)  # adaptive: made twice
+        return logits + 6.0 * (_weights_of(self.features) + _weights_of(self.projections))
+
     def columns(self) -> list[str]:
         return [f"aux{block}_{kind}" for block in self.blocks for kind in self.kinds] + ["aux_features"] * bool(self.feature_weight)
 
@@ -335,10 +358,18 @@ class BalanceTerm(Term):
                             for number in range(self.experts)}
         return Outcome(balance.mean(), columns)
 
+    def flops_per_token(self, seq_len: int, head: torch.Tensor) -> float:
+        return 0.0
+
     def columns(self) -> list[str]:
         """Names of what validation reports: nats, and shares of a token's choices."""
         return ["balance", "router_entropy", "router_dropped", *(f"entropy/{router}" for router in self.routers),
                 *(f"load/{router}/{number}" for router in self.routers for number in range(self.experts))]
+
+
+def _weights_of(module: nn.Module) -> int:
+    """Number of weights of the linear layers in a module."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def _like(states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
@@ -570,6 +601,26 @@ class Distiller(nn.Module):
         """Present values of what changes over training, for the log."""
         values = {f"w_{name}": weight for name, weight in self.weights().items()} | {"temperature": self.section.temperature}
         return {name: schedule.at(self.progress) for name, schedule in values.items() if not schedule.constant}
+
+    def flops_per_token(self, seq_len: int) -> tuple[float, float]:
+        """FLOPs per token of a micro-step: (of the student and the terms, forward and backward; of the teachers, forward).
+
+        Matrix products and attention, as `models.training_flops_per_token` counts them, with every token predicted. A term
+        whose schedule is at 0 for a while counts throughout. The teachers' own figures for the log, which are computed on a
+        few tokens, do not.
+        """
+        w_ce, w_kl = (weight.largest > 0 for weight in self.section.weights)
+        linear = self._halves[1]
+        head = (linear if linear is not None else self.student.get_output_embeddings()).weight
+        own = models.training_flops_per_token(self.student, seq_len)
+        if not (w_ce or w_kl):  # nobody asks for the student's logits
+            own -= 2.0 * head.numel() * (2 + head.requires_grad)
+        own += sum(term.flops_per_token(seq_len, head) for term in self.terms.values())
+        logits = [2.0 * teacher.head.weight.numel() for teacher in self.teachers]
+        bodies = sum(teacher.flops_per_token(seq_len) for teacher in self.teachers) - sum(logits)
+        read = w_kl or any(term.reads_teachers for term in self.terms.values())
+        passes = (w_ce or w_kl) + sum(term.fused_passes for term in self.terms.values())
+        return own, read * bodies + w_kl * passes * sum(logits)
 
     def describe(self, seq_len: int) -> str:
         """The loss in one line, with the effective lambda that recipes are compared by."""

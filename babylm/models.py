@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from babylm import parallel
 from babylm.config import LoraSection, ModelSection, MoEPModelSection, TrainingSection
 from babylm.schema import UserError, content_hash
 from custom_dataset import file_sha256, tokenizer_fingerprint
@@ -295,14 +296,54 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def forward_flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """Multiply-adds of a forward pass, times 2, per token: 2 per weight of every matrix (the head included, the embedding
-    lookup not) and 2*2*T*width per block for attention (Kaplan et al. 2020, appendix; backward costs twice as much)."""
-    config = model.config
+    """Multiply-adds of a forward pass, times 2, per token: 2 per weight of every matrix (the head included; embeddings, which
+    are looked up, not) and 2*2*T*width per block for attention to all T places (Kaplan et al. 2020, appendix)."""
     if hasattr(model, "forward_flops_per_token"):
         return model.forward_flops_per_token(seq_len)
-    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    matrices = sum(_numel(p) for p in model.parameters() if p.dim() >= 2 and p is not lookup and p is not head) + head.numel()
-    return 2.0 * matrices + 4.0 * seq_len * config.hidden_size * config.num_hidden_layers
+    head = model.get_output_embeddings().weight
+    apart = {id(head), *(id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding))}
+    matrices = sum(_numel(p) for p in model.parameters() if p.dim() >= 2 and id(p) not in apart) + head.numel()
+    return 2.0 * matrices + _attention_flops(model, seq_len, model.config.num_hidden_layers)
+
+
+def training_flops_per_token(model: nn.Module, seq_len: int) -> float:
+    """FLOPs of a forward and a backward pass, per token.
+
+    To each product of `forward_flops_per_token` comes one of the same size for the gradient of the matrix, where that is trained,
+    and one for the gradient of what it is multiplied with, where anything below is trained; attention costs twice as much
+    again in a block whose output needs a gradient. Which these are is seen in a forward pass of four tokens, unless all is
+    trained (or the model has a count of its own, which knows no frozen parts). What training.gradient_checkpointing computes
+    again is not counted: it is no part of what the gradient needs.
+    """
+    if hasattr(model, "forward_flops_per_token") or all(parameter.requires_grad for parameter in model.parameters()):
+        return 3.0 * forward_flops_per_token(model, seq_len)
+    products, passes = 0.0, 0
+
+    def count(layer: nn.Module, inputs: tuple, _output: object) -> None:
+        nonlocal products
+        products += 2.0 * _numel(layer.weight) * (1 + layer.weight.requires_grad + inputs[0].requires_grad)
+
+    def attend(_block: nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> None:
+        nonlocal passes
+        passes += 3 if (output if isinstance(output, torch.Tensor) else output[0]).requires_grad else 1
+
+    # Only layers whose matrix is their own: an adapter shows that of the layer which it wraps.
+    matrices = [layer for layer in model.modules() if getattr(layer._parameters.get("weight"), "ndim", 0) == 2
+                and not isinstance(layer, nn.Embedding)]
+    hooks = [layer.register_forward_hook(count) for layer in matrices]
+    hooks += [block.register_forward_hook(attend) for block in parallel.blocks_of(model)]
+    try:
+        with torch.enable_grad(), mode(model, training=False):
+            ids = torch.arange(4, device=next(model.parameters()).device)[None]
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return products + _attention_flops(model, seq_len, passes)
+
+
+def _attention_flops(model: nn.Module, seq_len: int, passes: int) -> float:
+    return 4.0 * seq_len * model.config.hidden_size * passes
 
 
 # ---- Hardware -------------------------------------------------------------------------------------------------------

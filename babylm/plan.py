@@ -242,8 +242,8 @@ class Plan:
         training, seq_len = config.training, config.data.seq_len
         batch, tokens = training.batch_size, training.batch_size * seq_len
         trained = sum(p.numel() for _, p in trainable_parameters(distiller))
-        student_flops = 3 * models.forward_flops_per_token(distiller.student, seq_len)
-        teacher_flops = sum(teacher.flops_per_token(seq_len) for teacher in distiller.teachers)
+        with uncompiled(distiller):
+            student_flops, teacher_flops = distiller.flops_per_token(seq_len)
         cached = " (states from the cache)" if any(teacher.model is None for teacher in distiller.teachers) else ""
         share = f", teaching {teacher_flops / (teacher_flops + student_flops):.0%} of it{cached}" if teacher_flops else ""
         total = (student_flops + teacher_flops) * tokens * self.steps

@@ -187,6 +187,7 @@ def test_parameters_and_flops_count_tied_matrices_once_and_the_head_once(tokeniz
     tied, untied = built(tokenizer), built(tokenizer, tied=False)
     assert models.count_parameters(untied) - models.count_parameters(tied) == 512 * 64
     assert models.forward_flops_per_token(tied, 32) == models.forward_flops_per_token(untied, 32)
+    assert models.forward_flops_per_token(built(tokenizer, max_positions=128), 32) == models.forward_flops_per_token(tied, 32)
 
 
 # ---- Adapters, for real ---------------------------------------------------------------------------------------------
@@ -447,6 +448,7 @@ def test_4_bit_parameters_are_counted_by_number(base, tokenizer):
     plain, packed = (models.build_adapted_model(section, LoraSection(mode=mode), training, tokenizer, 0) for mode in ("lora", "qlora"))
     assert models.count_parameters(packed) == models.count_parameters(plain)
     assert models.forward_flops_per_token(packed, 32) == models.forward_flops_per_token(plain, 32)
+    assert models.training_flops_per_token(packed, 32) == models.training_flops_per_token(plain, 32)
 
 
 def test_a_llama_trains_its_start_token_where_padding_has_the_same_id(tokenizer):

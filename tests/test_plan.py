@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from babylm import models, plan, run_folder, teacher_cache, training
 from babylm.config import (
@@ -87,6 +89,87 @@ def distiller_of(architecture, dropout, tokenizer, terms=True):
     schema = MoEPDistillationSection if moep else DistillationSection
     kept = {"contrastive": ContrastiveSection()} if terms else {}
     return Distiller(models.build_model(section, tokenizer, 0), [teacher], schema(teacher="t", alpha=0.1, temperature=2, **kept))
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+TERMS = {  # with how many teachers, and what beside CE and KL
+    "kd": (1, {}),
+    "logits": (2, {"combine": "logits"}),
+    "hidden": (1, {"hidden": {"weight": 1}}),
+    "hidden alone": (1, {"hidden": {"weight": 1}, "w_ce": 0, "w_kl": 0}),
+    "contrastive": (2, {"contrastive": {"dim": 96}}),
+    "aux": (1, {"auxiliary": {"blocks": [1]}}),
+    "aux without teacher": (0, {"auxiliary": {"blocks": [1, 2]}, "w_kl": 0}),
+    "aux adaptive": (2, {"auxiliary": {"blocks": [1, 2], "weighting": "adaptive"}}),
+    "aux features": (2, {"auxiliary": {"blocks": [1, 2], "weighting": "adaptive", "share_head": True, "feature_weight": 1}}),
+}
+SEQUENCES, LONG = 16, 136  # enough of them to hide what is counted as if every token were predicted, and the teachers' own figures
+
+
+def student_of(architecture, tokenizer):
+    shape = {"width": 64, "heads": 2, "max_positions": LONG}
+    section = (MoEPModelSection(layers=4, parallel_width=48, parallel_heads=2, expert_path="loop", **shape) if architecture == "moep"
+               else ModelSection(layers=3, architecture=architecture, dropout=0, **shape))
+    return models.build_model(section, tokenizer, 0)
+
+
+def counted_flops(distiller):
+    """Per token, of a micro-step, as torch counts them: attention and sums into a matrix too, which it leaves out of itself."""
+    ids = torch.randint(3, 200, (SEQUENCES, LONG), generator=torch.Generator().manual_seed(0))
+    sums = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=sums) as counter:
+        distiller.train()(ids)["loss"].backward()
+    return counter.get_total_flops() / ids.numel()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gptj", "moep"])
+def test_flops_are_those_of_a_real_micro_step(tokenizer, architecture):
+    distiller = Distiller(student_of(architecture, tokenizer))
+    assert distiller.flops_per_token(LONG) == (pytest.approx(counted_flops(distiller), rel=0.005), 0)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_flops_of_every_term(tokenizer, name):
+    count, terms = TERMS[name]
+    shapes = [{"layers": 2, "width": 48, "heads": 2}, {"architecture": "llama", "layers": 1, "width": 96, "heads": 2}][:count]
+    teachers = [Teacher.from_model(models.build_model(ModelSection(max_positions=LONG, **shape), tokenizer, 0)) for shape in shapes]
+    section = DistillationSection(teachers=[{"path": str(n)} for n in range(count)], **{"w_ce": 0.5, "w_kl": 0.5, **terms})
+    distiller = Distiller(student_of("llama", tokenizer), teachers, section)
+    assert sum(distiller.flops_per_token(LONG)) == pytest.approx(counted_flops(distiller), rel=0.005)
+
+
+def test_flops_of_a_moep_student_with_a_teacher(tokenizer):
+    section = MoEPDistillationSection(teacher="t", alpha=0.5)
+    distiller = Distiller(student_of("moep", tokenizer), [Teacher.from_model(student_of("gpt2", tokenizer))], section)
+    assert sum(distiller.flops_per_token(LONG)) == pytest.approx(counted_flops(distiller), rel=0.005)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("architecture, settings", [
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"]}),  # the first block's keys and scores then need less of a backward pass
+    ("llama", {"target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [2]}),  # nothing below is differentiated
+    ("gptj", {"target_modules": "all-linear"}),
+])
+def test_flops_of_adapters_on_a_frozen_base(tokenizer, architecture, settings):
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(student_of(architecture, tokenizer), LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
+    distiller, state = Distiller(student), torch.get_rng_state()
+    found = sum(distiller.flops_per_token(LONG))
+    assert torch.equal(torch.get_rng_state(), state) and not any(layer._forward_hooks for layer in student.modules())
+    assert found == pytest.approx(counted_flops(distiller), rel=0.02 if settings["target_modules"] == ["q_proj", "v_proj"] else 0.005)
+    assert found < 0.9 * 3 * models.forward_flops_per_token(student, LONG)
+
+
+def test_the_plan_prints_the_flops_of_all_that_is_computed(home, dry):
+    """The review's finding: a classifier on a block left the printed number as it was."""
+    plain, terms = (float(re.search(r"([\d.,]+) MFLOP", dry("train_student", "distillation={w_ce: 1, w_kl: 0}", *more))[1])
+                    for more in ((), ("distillation.auxiliary.blocks=[1]",)))
+    assert terms - plain == pytest.approx(6 * (32 * 32 + 32 * 512) / 1e6, abs=0.1)
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
