@@ -86,33 +86,77 @@ def digest(file: Path | bytes, git: bool) -> str:
 
 # ---- The record without what is private -------------------------------------------------------------------------------
 
-SECRETS = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})"
-                     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-NAMED_SECRETS = re.compile(r"""(\b(?:\w*_)?(?:api[_-]?key|token|secret|password|passwd)\b["']?\s*[=:]\s*["']?)"""
-                           r"""(?!\d+\b)([^\s"',]{8,})""", re.IGNORECASE)
-# An absolute path with a folder in it; behind a letter, a dot or a colon, a slash begins no path (and/or, ./a, https://).
-PATHS = re.compile(r"(?<![\w./:~<>-])(?:~|/[\w.@+~-]+)(?:/[\w.@+~-]+)+/?")
+# By their form: keys of well-known services, tokens behind Bearer, private keys, whoever logs in before the @ of an address.
+SECRETS = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+                     r"|xox[a-z]-[\w-]{10,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|wandb_v1_\w{16,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"
+                     r"|(?<=://)(?!git@)[^/\s\"'<>]+(?=@)|(?i:(?<=\bbearer )(?=\S*\d|\S{20})[\w.~+/=-]{8,})"
+                     r"|(?<=\b[Bb]asic )(?=\S*(?:[\d=]|[a-z][A-Z]))[A-Za-z0-9+/=]{12,}"
+                     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)")
+# By their name: what stands behind `password:`, `api_key=`, `--token`. In JSON, the quotes may have a backslash before them.
+QUOTED, BARE = r"""(?P<quote>\\*["'])(?P<quoted>[^\n]+?)(?=(?P=quote))""", r"""(?:\\\\|[^\s"',\\&])+"""
+PASSWORDS = r"passw(?:or)?d|passphrase|passcode|secret|credentials?"
+NAMED_SECRETS = re.compile(
+    rf"""(?P<name>(?P<flag>--)?\b(?:[\w-]{{0,60}}[_-])?(?:(?P<password>{PASSWORDS})|(?P<token>token)|(?:api|access|secret|private|auth)[_-]?key"""
+    rf"""(?:[_-]id)?|(?:auth|access|bearer)token|authorization|cookie|signature)\b\\*["']?(?:[^\S\n]*[=:][^\S\n]*|(?(flag)[^\S\n]+|(?!))))"""
+    rf"""(?:{QUOTED}|(?P<bare>{BARE}))""", re.IGNORECASE)
+# A password's line in YAML: it may hold spaces and quotes.
+PASSWORD_LINES = re.compile(rf"""(?im)^([^\S\n]*(?:- )?(?:\w*_)?(?:{PASSWORDS}|authorization):[^\S\n]+)(?!["'])([^\n]+)$""")
+# Hexadecimal digits are secrets only behind a name that says key or login: commits and fingerprints have to stay.
+KEYED_HEX = re.compile(r"""((?:\b|_)(?:key|login)\b\\*["']?[\s=:]{1,3}\\*["']?)[0-9a-f]{32,}\b""", re.IGNORECASE)
+SERVERS = re.compile(
+    r"""(?:(?<=server)|(?<=base_url)|(?<=endpoint))(\\*["']?[^\S\n]*[=:][^\S\n]*\\*["']?)\w+://[^\s"',<>`\\]+""", re.IGNORECASE)
+INTERNAL = re.compile(  # hosts that are not public: numbers, names without a dot or in a private domain; this computer's own may stay
+    r"""(?:(?<=://)|(?<=<left\ out>@))(?!localhost\b|127\.0\.0\.1\b)(?:\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-f:.]+\]|[\w-]+(?=:\d)
+        |[\w.-]+\.(?:local|localdomain|internal|intranet|lan|corp|home|cluster|svc))(?::\d+)?(?![\w.-])
+    |(?:(?<=http://)|(?<=https://))(?!localhost\b)[\w-]+(?=[/\s"'`,]|$)
+    |(?<![\w.])(?:10\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01]))\.\d{1,3}\.\d{1,3}:\d+\b""", re.IGNORECASE | re.VERBOSE)
+# An absolute path with a folder in it; behind a letter, a dot or a slash, a slash begins no path (and/or, ./a, https://). In quotes,
+# and to the end of a line of YAML, its parts may hold single spaces.
+SPACED = r"""(?:[^\s/"'\\`]| (?![\s/~-]))+"""
+PATHS = re.compile(rf"""(?m)(?<=["'])(?:~[\w.-]*|/{SPACED})(?:/{SPACED})+/?(?=\\*["'])|(?<=[:-] )(?:~[\w.-]*|/{SPACED})(?:/{SPACED})+/?$"""
+                   r"""|\bfile://[\w.-]*(?:/[\w.@+~=%()-]+)+/?|(?<![\w./~<>…-])(?:~[\w.-]*|/[\w.@+~=%()-]+)(?:/[\w.@+~=%()-]+)+/?""")
+LEFT_OUT = "<left out>"
 
 
 def without_private(text: str) -> tuple[str, list[str]]:
-    """A text with secrets taken out and absolute paths shortened, and what was changed: "2 absolute paths" and the like.
+    """A text with what looks like a secret or a server's address taken out and absolute paths shortened, and what was changed:
+    "2 absolute paths" and the like.
 
     Paths inside the project become relative to it, of others the last part stays: a user's folders are nobody's business.
     """
-    text, named = NAMED_SECRETS.subn(r"\1<left out>", text)
-    text, bare = SECRETS.subn("<left out>", text)
-    text = text.replace(str(PROJECT) + "/", "").replace(str(Path.home()) + "/", "~/")  # as they are: their names may hold spaces
-    paths = 0
+    counts = {"secret": 0, "server address": 0, "absolute path": 0}
+
+    def named(match: re.Match) -> str:
+        value = match["quoted"] or match["bare"]
+        if match["password"]:
+            kept = value.lower() in ("null", "none", "true", "false", "~", "{", "[", "|", ">") or value.startswith(LEFT_OUT.split()[0])
+        else:  # special tokens such as <pad> and counts of tokens are no secrets
+            kept = len(value) < 8 or value.startswith("<") or (match["token"] and re.fullmatch(r"[\d.,_]+(e[+-]?\d+)?[})\]]*", value, re.I))
+        if kept:
+            return match[0]
+        counts["secret"] += 1
+        return match["name"] + (match["quote"] or "") + LEFT_OUT
+
+    def line(match: re.Match) -> str:
+        if match[2].strip().lower() in ("null", "none", "~", "") or match[2].startswith("<"):
+            return match[0]
+        counts["secret"] += 1
+        return match[1] + LEFT_OUT
 
     def shorten(match: re.Match) -> str:
-        nonlocal paths
-        paths += 1
-        parts = Path(match[0]).parts
+        counts["absolute path"] += 1
+        parts = Path(match[0].removeprefix("file://")).parts
         return "…/" + "/".join(parts[-2:] if parts[-1].startswith("chck_") else parts[-1:])
 
+    text = NAMED_SECRETS.sub(named, PASSWORD_LINES.sub(line, text))
+    for pattern, kind, instead in ((KEYED_HEX, "secret", rf"\1{LEFT_OUT}"), (SECRETS, "secret", LEFT_OUT),
+                                   (SERVERS, "server address", rf"\1{LEFT_OUT}"), (INTERNAL, "server address", LEFT_OUT)):
+        text, changed = pattern.subn(instead, text)
+        counts[kind] += changed
+    for folder, instead in ((PROJECT, ""), (Path.home(), "~/")):  # as they are: their names may hold spaces
+        text = re.sub(rf"(?<![\w.~-]){re.escape(str(folder))}/", instead, text)
     text = PATHS.sub(shorten, text)
-    counts = {"secret": named + bare, "absolute path": paths}
-    return text, [f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count]
+    return text, [f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}" for what, count in counts.items() if count]
 
 
 def _record_files(root: Path, card: str, notes: list[str]) -> dict[str, Path | bytes]:

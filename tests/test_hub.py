@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -28,6 +29,7 @@ KEYS = {"model": {"layers": 3, "width": 16, "heads": 2, "max_positions": 32},
         "training": {"steps": 3, "batch_size": 4, "warmup_steps": 1, "lr": 0.05},
         "logging": {"logging_steps": 1, "eval_steps": 3}, "checkpoints": {"extra_words": [8, 50]}}
 KEY = "models/org/tiny"
+HEX = "0123456789abcdef0123456789abcdef01234567"  # as long as a commit's name, and as a tracker's key
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -389,10 +391,80 @@ def test_a_dry_run_lists_everything_and_sends_nothing(copy, stub, monkeypatch, c
     ("OPENAI_API_KEY=abcdefghij python", "OPENAI_API_KEY=<left out> python"),
     ("password: correcthorse", "password: <left out>"),
     ('{"tokens_per_s": 123456789.5, "max_token": 123456789} bos_token: </s> tokenizer: corpus/tokenizer', None),
+    ("path:/home/alice/secret/x", "path:…/x"),
+    ("PATH=/a/bin:/c/bin cp ann@host:/home/ann/x .", "PATH=…/bin:…/bin cp ann@host:…/x ."),
+    ("file:///home/alice/x file://host/home/alice/y", "…/x …/y"),
+    ("~alice/secret/x", "…/x"),
+    ("corpus: /home/al ice/My Texts/x", "corpus: …/x"),
+    ('"/home/al ice/My Texts/x" \'a=\\"/home/alice (old)/x\\"\'', '"…/x" \'a=\\"…/x\\"\''),
+    (f"/mnt{ROOT}/models", "…/models"),
+    ("https://token123@host/x https://ann:p@ss@host:80/x", "https://<left out>@host/x https://<left out>@<left out>/x"),
+    ("ssh://git@github.com/org/x git@github.com:org/x", None),
+    ("https://x.org/y?access_token=abcdefgh1&page=2", "https://x.org/y?access_token=<left out>&page=2"),
+    ("password: 12345678", "password: <left out>"),
+    ("db_password: correct horse 'battery'", "db_password: <left out>"),
+    ("--password x --api-key abcdefgh1 --lr 1e-4", "--password <left out> --api-key <left out> --lr 1e-4"),
+    ('"command": "python \\"password\\": \\"a b, c\\" lr=1"', '"command": "python \\"password\\": \\"<left out>\\" lr=1"'),
+    ("api_key: 1234567890\npassword:\nnext: a\npassword: null", "api_key: <left out>\npassword:\nnext: a\npassword: null"),
+    ("Authorization: Bearer abcdefgh12\n-H 'x: bearer abc.DEF-12'", "Authorization: <left out>\n-H 'x: bearer <left out>'"),
+    ("Basic YWxhZGRpbjpvcGVu, basic understanding of bearer certificates", "Basic <left out>, basic understanding of bearer certificates"),
+    (f"WANDB_KEY={HEX} wandb login {HEX} key: {HEX}", "WANDB_KEY=<left out> wandb login <left out> key: <left out>"),
+    ("glpat-abcdefghijklmnopqrst xoxb-123456789012-abc eyJhbGciOiJI.eyJzdWIiOiIx.c2ln", "<left out> <left out> <left out>"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "<left out>"),
+    (f'"git_commit": "{HEX}", "corpus_sha256": "{HEX * 2}"[:64], commit `{HEX}` sha256:{HEX}', None),
+    ("  server: http://node17:8000/v1\n  server: null", "  server: <left out>\n  server: null"),
+    ("ppo.py rewards.0.server=https://judge.example.org/v1 'rewards.1.server=\"http://10.0.0.5/v1\"'",
+     "ppo.py rewards.0.server=<left out> 'rewards.1.server=\"<left out>\"'"),
+    ("http://node17/v1 ws://10.0.0.5:80/x https://gpu.corp.internal/ 10.1.2.3:8000",
+     "http://<left out>/v1 ws://<left out>/x https://<left out>/ <left out>"),
+    ("http://localhost:8000/v1 http://127.0.0.1/ https://api.openai.com/v1 s3://bucket/key numpy 10.4.3.29", None),
+    ("loss per token: 3.4512345678 eos_token: <|endoftext|> api_key_variable: OPENAI_API_KEY kl_reduction: token_mean", None),
 ])
 def test_secrets_and_folders_are_taken_out_and_nothing_else(text, cleaned):
     found, changed = without_private(text)
-    assert found == (text if cleaned is None else cleaned) and bool(changed) == (found != text and str(ROOT) not in text)
+    assert found == (text if cleaned is None else cleaned) and bool(changed) == (found != text and f'"{ROOT}' not in text)
+    assert without_private(found) == (found, [])  # what was taken out is not taken out again
+
+
+@pytest.mark.parametrize("text", ["a-" * 20_000, "a_" * 20_000, "/a" * 20_000, "://" + "a" * 40_000, 'password="' * 4000, "/" * 40_000])
+def test_long_texts_are_cleaned_in_time(text):
+    began = time.monotonic()
+    without_private(text)
+    assert time.monotonic() - began < 20
+
+
+def test_a_whole_record_keeps_what_it_needs_and_loses_what_is_private(copy, tmp_path):
+    """Every file of run/ and the card can still be read, with all fingerprints, and as they were but for what was planted."""
+    def sent(run):
+        main = export_run(run, Options("org/tiny"), tmp_path / "work").revisions[-1]
+        return {name: content.decode() for name, content in main.files.items() if isinstance(content, bytes)}
+
+    run = copy("plain")
+    plain = {name: text for name in ("config.yaml", "record.json", "metrics.jsonl", "finished.json")
+             if (text := (run / "run" / name).read_text())}
+    before = sent(run)
+    hashes = set(re.findall('"([0-9a-f]{16,})"', re.sub('"git_diff": .*', "", "".join(plain.values()))))
+    assert len(hashes) > 3 and all(one in "".join(before.values()) for one in hashes)
+    assert before["run/metrics.jsonl"] == plain["metrics.jsonl"]
+    record, config = json.loads(plain["record.json"]), yaml.safe_load(plain["config.yaml"])
+    private = {"server": "http://10.0.0.5:8000/v1", "path": "/home/alice/secret plans/x", "password": "12345678", "token": "token123",
+               "key": HEX, "bearer": "abcdefgh12"}
+    record["command"] += (f" rewards.0.server={private['server']} a:{private['path'].replace(' ', '_')} --password {private['password']} "
+                          f"url=https://{private['token']}@host/x 'wandb_key=\"{HEX}\"' 'Authorization: Bearer {private['bearer']}'")
+    config["rewards"] = [{"kind": "judge", "server": private["server"], "rubric": private["path"]}]
+    (run / "run/record.json").write_text(json.dumps({**record, "git_commit": HEX[::-1]}, indent=1))
+    (run / "run/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    after = sent(run)
+    for value in (*private.values(), "alice", "10.0.0.5", "secret_plans"):
+        assert not [name for name, text in after.items() if value in text], value
+    read = json.loads(after["run/record.json"])
+    assert read["git_commit"] == HEX[::-1] and {**read, "command": "", "git_commit": ""} == {
+        **json.loads(before["run/record.json"]), "command": "", "git_commit": ""}
+    assert yaml.safe_load(after["run/config.yaml"]) == {**yaml.safe_load(before["run/config.yaml"]), "rewards": [
+        {"kind": "judge", "server": "<left out>", "rubric": "…/x"}]}
+    assert "server: <left out>" in after["README.md"] and HEX[::-1] in after["README.md"]
+    assert all(one in "".join(after.values()) for one in hashes - {record["git_commit"]})
+    assert after["run/finished.json"] == before["run/finished.json"] and after["run/metrics.jsonl"] == before["run/metrics.jsonl"]
 
 
 # ---- Adapters and GGUF ------------------------------------------------------------------------------------------------------
