@@ -225,7 +225,10 @@ def load_teacher(path: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
         require_adapter_packages("lora")
         from peft import AutoPeftModelForCausalLM
 
-        teacher = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32).merge_and_unload()
+        try:  # without an answer, transformers would ask at the terminal whether code of the base may run
+            teacher = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).merge_and_unload()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"cannot load the teacher {path}: {_first_line(error)}") from error
     else:
         teacher = load_causal_lm(path)
     rows = teacher.get_output_embeddings().weight.shape[0]

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,19 @@ def test_an_adapter_that_is_not_merged_can_teach(adapter, stage, architecture):
     run = stage("train_student", f"taught-{architecture}", f"distillation.teacher=models/{folder.name}", "distillation.alpha=0.5",
                 "training.steps=2", "logging.eval_steps=1", *(f"model.{k}={v}" for k, v in SHAPES["gpt2"].items()))
     assert all(math.isfinite(row["kl"]) and row["kl"] > 0 for row in rows(run))
+
+
+def test_an_adapter_teacher_whose_base_has_code_is_refused_and_nobody_is_asked(teachers, tmp_path, monkeypatch):
+    [adapter] = teachers("adapter")
+    base, taught = shutil.copytree(adapter.parent / "base", tmp_path / "base"), shutil.copytree(adapter, tmp_path / "adapter")
+    for file, keys in ((base / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}),
+                       (taught / "adapter_config.json", {"base_model_name_or_path": str(base)})):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    (base / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').close()")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(UserError, match="cannot load the teacher .*contains custom code"):
+        models.load_teacher(str(taught), models.load_tokenizer(adapter))
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("architecture, mode", [("gpt2", "qlora"), ("llama", "lora")])
