@@ -19,15 +19,16 @@ import html
 import http.client
 import json
 import os
+import queue
 import re
+import socket
 import threading
 import time
 import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,8 @@ PLACEHOLDERS = ("prompt", "completion", "answer_form")  # each exactly once; {ma
 SAMPLE = ("Once upon a time there was a", " little dog. He lost his ball, looked for it all day, and found it under his bed.")
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever a server asks for
 LONGEST_RESPONSE = 1_000_000  # bytes
+POLL = 0.05  # seconds between two looks at whether a request is late or the run is to stop
+LONGEST_FAREWELL = 0.5  # seconds for threads whose requests were cut off to end
 
 Grades = dict[str, int]  # criterion -> grade
 weights_fingerprint = functools.cache(models.weights_fingerprint)  # reads all weights: once per process is enough
@@ -187,13 +190,23 @@ class GradeCache:
 # ---- Where the judge runs -------------------------------------------------------------------------------------------
 
 
+def never() -> bool:
+    """Nothing asks to stop."""
+    return False
+
+
 class Backend(Protocol):
     """Something that answers questions."""
 
     identity: list[str]  # what its answers follow from, beside the question
 
-    def answers(self, questions: Sequence[list[tuple[str, bool]]], attempt: int, seed: int) -> Iterator[tuple[int, str]]:
-        """(number of a question, answer) as they come; the first attempt (0) is greedy, later ones are sampled."""
+    def answers(self, questions: Sequence[list[tuple[str, bool]]], attempt: int, seed: int,
+                should_stop: Callable[[], bool]) -> Iterator[tuple[int, str]]:
+        """(number of a question, answer) as they come; the first attempt (0) is greedy, later ones are sampled.
+
+        Raises:
+            Interrupted: `should_stop` said so while there was nothing but waiting to do.
+        """
 
 
 class LocalJudge:
@@ -247,11 +260,14 @@ class LocalJudge:
         return [token for ids in pieces for token in ids]
 
     @torch.no_grad()
-    def answers(self, questions: Sequence[list[tuple[str, bool]]], attempt: int, seed: int) -> Iterator[tuple[int, str]]:
+    def answers(self, questions: Sequence[list[tuple[str, bool]]], attempt: int, seed: int,
+                should_stop: Callable[[], bool] = never) -> Iterator[tuple[int, str]]:
         rows = [self.encode(question) for question in questions]
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         device = self.model.device
         for begin in range(0, len(order), self.entry.batch_size):
+            if should_stop():
+                raise Interrupted
             chosen = order[begin: begin + self.entry.batch_size]
             longest = len(rows[chosen[-1]])
             ids = torch.tensor([[self.pad] * (longest - len(rows[number])) + rows[number] for number in chosen], device=device)
@@ -265,6 +281,10 @@ class LocalJudge:
             yield from zip(chosen, texts, strict=True)
 
 
+class Interrupted(Exception):
+    """The run was asked to stop while it waited for answers."""
+
+
 class _Temporary(Exception):
     """A request failed in a way that may pass. `wait`: seconds that the server asks for."""
 
@@ -274,7 +294,113 @@ class _Temporary(Exception):
 
 
 class _Stopped(Exception):
-    """A request was not sent, because another one has failed for good."""
+    """A request was not sent, or was cut off, because another one has failed for good or the run stops."""
+
+
+class _Call:
+    """One request on its way, which another thread can cut off: a socket's own timeout is for each read alone, so that a server
+    which sends a byte now and then, or one preliminary answer after the other, would never run into it.
+
+    Args:
+        seconds: until its time is over.
+    """
+
+    def __init__(self, seconds: float):
+        self.deadline = time.monotonic() + seconds
+        self.is_cut = False
+        self._handles: list[socket.socket] = []
+        self._lock = threading.Lock()
+
+    def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
+        """As socket.create_connection; the connection can be cut off from before it stands."""
+        failure: OSError = OSError("no address")
+        for family, kind, protocol, _name, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            found = socket.socket(family, kind, protocol)
+            try:
+                with self._lock:
+                    if self.is_cut or (left := self.deadline - time.monotonic()) <= 0:
+                        raise TimeoutError("timed out")
+                    self._handles.append(found.dup())  # a descriptor of our own: the other may be closed, and its number used anew
+                found.settimeout(left)
+                found.connect(place)
+                return found
+            except OSError as error:
+                failure = error
+                found.close()
+        raise failure
+
+    def cut(self) -> None:
+        """Whoever reads from the connection, or writes to it, finds that it has ended."""
+        with self._lock:
+            self.is_cut = True
+            for handle in self._handles:
+                with contextlib.suppress(OSError):  # it was not connected, or is not any more
+                    handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Nothing of it is left open."""
+        with self._lock:
+            for handle in self._handles:
+                handle.close()
+            self._handles = []
+
+
+class _Requests:
+    """The requests for one list of questions.
+
+    Attributes:
+        stop: set when no further one is to be sent.
+        open: those on their way.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.open: set[_Call] = set()
+
+    @contextlib.contextmanager
+    def call(self, seconds: float) -> Iterator[_Call]:
+        """A request that is watched."""
+        made = _Call(seconds)
+        self.open.add(made)
+        try:
+            if self.stop.is_set():  # looked at now that cut_all would find it
+                raise _Stopped
+            yield made
+        finally:
+            self.open.discard(made)
+            made.close()
+
+    def cut_late(self) -> None:
+        """Cut off those whose time is over."""
+        for one in list(self.open):
+            if time.monotonic() > one.deadline:
+                one.cut()
+
+    def cut_all(self) -> None:
+        """Send none any more and cut off the others."""
+        self.stop.set()
+        for one in list(self.open):
+            one.cut()
+
+
+class _Connects:
+    """urllib's handlers, with connections that the request's _Call has made."""
+
+    def do_open(self, http_class: Any, request: urllib.request.Request, **settings: Any) -> Any:
+        def connection(host: str, **given: Any) -> http.client.HTTPConnection:
+            made = http_class(host, **given)
+            made._create_connection = request.call.connect
+            return made
+
+        return super().do_open(connection, request, **settings)
+
+
+class _HTTP(_Connects, urllib.request.HTTPHandler):
+    pass
+
+
+class _HTTPS(_Connects, urllib.request.HTTPSHandler):
+    pass
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -286,7 +412,7 @@ class ServerJudge:
     """A model behind an OpenAI-compatible server (vLLM, llama.cpp, TGI, ...): POST <server>/chat/completions.
 
     The key comes from the environment variable that the config names and goes nowhere but into the request's header. What may
-    pass (no connection, no answer in time, status 408, 425, 429 or 5xx) is tried `attempts` times in all with growing pauses.
+    pass (no connection, no whole answer in time, status 408, 425, 429 or 5xx) is tried `attempts` times in all with growing pauses.
 
     Raises:
         UserError: the server cannot be reached, refuses the request, or failed for good: never a grade.
@@ -299,69 +425,105 @@ class ServerJudge:
         self.key = os.environ.get(entry.api_key_variable, "").strip()
         if not re.fullmatch(r"[!-~]*", self.key):
             raise UserError(f"{where}: the environment variable {entry.api_key_variable} holds characters that no key has")
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.opener = urllib.request.build_opener(_NoRedirect, _HTTP, _HTTPS)
 
-    def answers(self, questions: Sequence[list[tuple[str, bool]]], attempt: int, seed: int) -> Iterator[tuple[int, str]]:
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self.entry.workers, thread_name_prefix="judge")
+    def answers(self, questions: Sequence[list[tuple[str, bool]]], attempt: int, seed: int,
+                should_stop: Callable[[], bool] = never) -> Iterator[tuple[int, str]]:
+        requests = _Requests()
+        waiting: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, str | BaseException]] = queue.SimpleQueue()
+        for number, question in enumerate(questions):
+            waiting.put((number, "".join(text for text, _ in question)))
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    number, text = waiting.get_nowait()
+                    try:
+                        done.put((number, self.ask(text, attempt, seed + number, requests)))
+                    except BaseException as error:
+                        done.put((number, error))
+
+        # Not a ThreadPoolExecutor, whose threads Python waits for when it ends: one may hang in the system's look-up of a name.
+        threads = [threading.Thread(target=work, name=f"judge-{number}", daemon=True)
+                   for number in range(min(self.entry.workers, len(questions)))]
         try:
-            texts = ["".join(text for text, _ in question) for question in questions]
-            running = {pool.submit(self.ask, text, attempt, seed + number, stop): number for number, text in enumerate(texts)}
+            for thread in threads:
+                thread.start()
             failures = []
-            for done in as_completed(running):  # when one fails for good, what others have got by then is still handed out
-                if done.exception():
-                    failures.append(done.exception())
+            for _ in questions:  # when one fails for good, what others have got by then is still handed out
+                number, result = self._next(done, requests, should_stop)
+                if isinstance(result, BaseException):
+                    failures.append(result)
                 else:
-                    yield running[done], done.result()
+                    yield number, result
             if failures:
                 raise next(error for error in failures if not isinstance(error, _Stopped))
         finally:
-            stop.set()  # the run was told to stop: nobody waits for a next attempt
-            pool.shutdown(cancel_futures=True)
+            requests.cut_all()  # the run was told to stop: nobody waits for an answer or a next attempt
+            until = time.monotonic() + LONGEST_FAREWELL
+            for thread in threads:
+                if thread.ident:
+                    thread.join(max(0.0, until - time.monotonic()))
 
-    def ask(self, question: str, attempt: int, seed: int, stop: threading.Event) -> str:
+    @staticmethod
+    def _next(done: queue.SimpleQueue, requests: _Requests, should_stop: Callable[[], bool]) -> Any:
+        """What the next thread has got; meanwhile requests whose time is over are cut off. Interrupted where the run is to stop."""
+        while True:
+            if should_stop():
+                raise Interrupted
+            requests.cut_late()
+            with contextlib.suppress(queue.Empty):
+                return done.get(timeout=POLL)
+
+    def ask(self, question: str, attempt: int, seed: int, requests: _Requests) -> str:
         """One question, sent up to `attempts` times; "" where the model said nothing."""
         body = {"model": self.entry.model, "messages": [{"role": "user", "content": question}], "max_tokens": self.entry.max_new_tokens,
                 "temperature": self.entry.temperature if attempt else 0.0, "seed": seed % 2**31}
         data = json.dumps(body).encode()
-        if stop.is_set():
+        if requests.stop.is_set():
             raise _Stopped
         number = 0
         try:
-            while number < self.entry.attempts and not (number and stop.is_set()):
+            while number < self.entry.attempts and not (number and requests.stop.is_set()):
                 number += 1
                 try:
-                    return self._send(data)
+                    return self._send(data, requests)
                 except _Temporary as error:
                     failure, asked = str(error), error.wait
                 if number < self.entry.attempts:
-                    stop.wait(min(LONGEST_WAIT, max(asked, self.entry.backoff * 2 ** (number - 1))))
+                    requests.stop.wait(min(LONGEST_WAIT, max(asked, self.entry.backoff * 2 ** (number - 1))))
             raise UserError(f"{self.where}: the judge at {self.url} gave no answer in {number} attempt(s): {failure}. Start the server (or "
                             "mend `server`, `timeout`) and run the same command again: grades it gave so far are kept")
         except UserError:
-            stop.set()
+            requests.stop.set()
             raise
 
-    def _send(self, data: bytes) -> str:
+    def _send(self, data: bytes, requests: _Requests) -> str:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, data=data, headers=headers)
-        deadline = time.monotonic() + self.entry.timeout
-        try:
-            with self.opener.open(request, timeout=self.entry.timeout) as response:
-                payload = b""
-                while chunk := response.read1(65536):  # the timeout is for each read alone: a trickle would never end
-                    payload += chunk
-                    if time.monotonic() > deadline or len(payload) > LONGEST_RESPONSE:
-                        raise _Temporary("the response did not end")
-        except urllib.error.HTTPError as error:
-            self._refused(error)
-        except TimeoutError:
-            raise _Temporary(f"no answer within {self.entry.timeout:g} seconds") from None
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise _Temporary(f"{getattr(error, 'reason', None) or error or type(error).__name__}") from None
+        late = f"no answer within {self.entry.timeout:g} seconds"
+        with requests.call(self.entry.timeout) as request.call:
+            try:
+                with self.opener.open(request, timeout=self.entry.timeout) as response:
+                    late = f"the response did not end within {self.entry.timeout:g} seconds"
+                    payload = b""
+                    while chunk := response.read1(65536):
+                        payload += chunk
+                        if len(payload) > LONGEST_RESPONSE:
+                            raise _Temporary(f"the response has more than {LONGEST_RESPONSE:,} bytes")
+                if request.call.is_cut:  # what came until then may look whole
+                    raise TimeoutError
+            except urllib.error.HTTPError as error:
+                with error:
+                    self._refused(error)
+            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+                if request.call.is_cut or isinstance(error, TimeoutError):
+                    raise _Temporary(late) from None
+                raise _Temporary(f"{getattr(error, 'reason', None) or error or type(error).__name__}") from None
         try:
             content = json.loads(payload)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise _Temporary(f"the response is no chat completion: {self._shown(payload)}") from None
         return content if isinstance(content, str) else ""
 
@@ -400,6 +562,7 @@ class Judge:
         seed: draws what retries sample.
 
     Attributes:
+        should_stop: asked while answers are waited for; when it says True, `grade` raises Interrupted.
         counts: since it was made: `calls` (answers given), `retries` (those of them asked for again), `parse_failures` (those not
             in the asked-for form), `cache_hits` (completions graded without a call), `ungraded` (completions left without a grade).
     """
@@ -408,10 +571,11 @@ class Judge:
         self.entry, self.rubric, self.backend, self.cache, self.seed = entry, rubric, backend, cache, seed
         self.counts: Counter[str] = Counter(calls=0, retries=0, parse_failures=0, cache_hits=0, ungraded=0)
         self.told = False
+        self.should_stop: Callable[[], bool] = never
 
     def check(self) -> None:
         """Ask about a sample text, so that a judge that cannot be reached is known before training. Not counted, not kept."""
-        for _, answer in self.backend.answers([self._question(*SAMPLE)], 0, self.seed):
+        for _, answer in self.backend.answers([self._question(*SAMPLE)], 0, self.seed, self.should_stop):
             if self.rubric.parse(answer) is None:
                 self._tell(answer)
 
@@ -420,6 +584,7 @@ class Judge:
 
         Raises:
             UserError: the judge could not be reached.
+            Interrupted: the run is to stop; grades that came by then are kept.
         """
         pairs = {self.key(prompt, completion): (prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)}
         keys = [self.key(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -431,7 +596,8 @@ class Judge:
             if not pending:
                 break
             seed = int(hashlib.sha256(json.dumps([self.seed, attempt, pending]).encode()).hexdigest()[:12], 16)
-            for number, answer in self.backend.answers([self._question(*pairs[key]) for key in pending], attempt, seed):
+            questions = [self._question(*pairs[key]) for key in pending]
+            for number, answer in self.backend.answers(questions, attempt, seed, self.should_stop):
                 self.counts["calls"] += 1
                 self.counts["retries"] += attempt > 0
                 grades = self.rubric.parse(answer)

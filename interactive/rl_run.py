@@ -26,10 +26,21 @@ from babylm.distillation import Distiller
 from babylm.ledger import accounts, read_lines, rl_ledger
 from babylm.model_card import model_card
 from babylm.plan import accumulation_steps, milestones_between, require_disk, storage_bytes
-from babylm.run_folder import Preempted, RunFolder, StopRequest, folder_written_whole, require_finished, saving, write_json, write_text
+from babylm.run_folder import (
+    Preempted,
+    RunFolder,
+    StopRequest,
+    folder_written_whole,
+    is_whole,
+    require_finished,
+    saving,
+    write_json,
+    write_text,
+)
 from babylm.schema import UserError, identity
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
 from interactive import reward
+from interactive.judge import Interrupted
 from interactive.prompts import Prompts, load_prompts
 from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of
 
@@ -80,6 +91,7 @@ class Progress:
     words: int = 0  # generated to learn from
     excluded: int = 0  # completions that no reward could be given
     wordless: int = 0  # steps in a row with less than a word in ten completions
+    validation_due: bool = False  # the one that belongs to the last step was stopped
     seconds: float = 0.0
     window_seconds: float = 0.0  # of these, since the last log line
     window: list[dict[str, float]] = field(default_factory=list)  # of every step since the last log line
@@ -117,6 +129,10 @@ class RLRun:
                             "tokens: lower generation.max_new_tokens, or cut the prompts (prompts.cut, prompts.max_tokens)")
         self._began = self._window_began = time.monotonic()
         self._stats: dict[str, float] = {}
+        self._save: Callable[[Path], None] | None = None  # what `save_or_stop` was given last
+        self._interrupted = ""  # signal that came while rewards were waited for
+        for judge in (one.judge for one in self.rewards if hasattr(one, "judge")):
+            judge.should_stop = lambda: bool(self.stop)
 
     # -- where the run stands
 
@@ -158,18 +174,36 @@ class RLRun:
                       batch_size=self.config.training.per_device_batch_size)
 
     def score(self, samples: Sequence[Sample]) -> None:
-        """Give every sample its reward and the parts of it."""
-        scores = reward.combine(self.rewards, [s.prompt for s in samples], [s.completion for s in samples],
-                                completion_ids=[s.completion_ids for s in samples], prompt_ids=[s.prompt_ids for s in samples])
+        """Give every sample its reward and the parts of it.
+
+        Raises:
+            Preempted: a signal asked the run to stop while a judge was waited for, which may be for minutes. With several processes
+                `gather` raises it, in all of them.
+        """
+        try:
+            scores = reward.combine(self.rewards, [s.prompt for s in samples], [s.completion for s in samples],
+                                    completion_ids=[s.completion_ids for s in samples], prompt_ids=[s.prompt_ids for s in samples])
+        except Interrupted:
+            self._interrupted = self.stop.signal_name
+            if self.state.num_processes == 1:
+                self._stop_within_step(self._interrupted)
+            return
         for index, scored in enumerate(samples):
             scored.reward = scores.total[index]
             scored.parts = {name: part[index] for name, part in scores.parts.items()}
         self._stats = {name: value for name, value in scores.stats.items() if "judge" in name and not name.endswith(("mean", "std"))}
 
     def gather(self, rows: range, samples: Sequence[Sample]) -> list[Sample]:
-        """The whole batch, in every process, in the order of its rows. UserError if not one completion could be scored."""
+        """The whole batch, in every process, in the order of its rows.
+
+        Raises:
+            UserError: not one completion could be scored.
+            Preempted: a signal asked the run to stop while a process waited for a judge.
+        """
         pairs = list(zip(rows, samples, strict=True))
         if self.state.num_processes > 1:
+            if asked := max(gather_object([self._interrupted])):
+                self._stop_within_step(asked)
             pairs = gather_object(pairs)
             self._stats = _summed(gather_object([self._stats]))
         gathered = sorted(pairs, key=lambda pair: pair[0])
@@ -216,6 +250,9 @@ class RLRun:
             for file in (self.folder.metrics, self._samples_file) if self.folder.main else ():
                 write_text(file, "")
             self.validate(model)
+        elif self.progress.validation_due:
+            self.validate(model)
+            self.progress.validation_due = False
 
     def end_step(self, model: PreTrainedModel, samples: Sequence[Sample], terms: dict[str, float]) -> dict[str, Any] | None:
         """Count what was written, keep milestones, log and validate when it is time.
@@ -243,7 +280,9 @@ class RLRun:
         if self.step % self.config.logging.logging_steps == 0 or self.step == 1 or self.done:
             row = self._log(samples)
         if self.step % self.config.logging.eval_steps == 0 or self.done:
+            progress.validation_due = True
             self.validate(model)
+            progress.validation_due = False
         return row
 
     def save_or_stop(self, save: Callable[[Path], None]) -> None:
@@ -252,21 +291,36 @@ class RLRun:
         Args:
             save: writes the algorithm's state into a folder.
         """
+        self._save = save
         asked = any(gather_object([self.stop.signal_name])) if self.state.num_processes > 1 else bool(self.stop)
         if self.done or not (asked or self.step % self.config.checkpoints.save_steps == 0):
             return
+        self._write_checkpoint()
+        if asked:
+            signal_name = self.stop.signal_name or "a signal to another process"
+            raise Preempted(f"{signal_name} at step {self.step}; {self._again()} continues there")
+
+    def _stop_within_step(self, signal_name: str) -> None:
+        """Stop while completions wait for their rewards: nothing was learned from them yet, so the state is that of the last step."""
+        if self._save:
+            self._write_checkpoint()
+        newest = self.folder.newest_whole()
+        raise Preempted(f"{signal_name} while a judge was waited for; {self._again()} "
+                        + (f"continues from {newest}" if newest else "starts again"))
+
+    def _write_checkpoint(self) -> None:
         target = self.folder.root / f"checkpoint-{self.step}"
-        if self.folder.main:
+        if self.folder.main and not is_whole(target):
             with saving(target), folder_written_whole(target) as folder:
-                save(folder)
+                self._save(folder)
                 write_json(folder / "progress.json", asdict(self.progress) | {
                     "seconds": self.seconds(), "window_seconds": time.monotonic() - self._window_began})
             self.folder.rotate()
         self.state.wait_for_everyone()
-        if asked:
-            again = [key for key in ("resume_path", "fresh") if getattr(self.config, key)]
-            raise Preempted(f"{self.stop.signal_name or 'a signal to another process'} at step {self.step}; the same command"
-                            f"{' without ' + ' and '.join(again) if again else ''} continues there")
+
+    def _again(self) -> str:
+        keys = [key for key in ("resume_path", "fresh") if getattr(self.config, key)]
+        return "the same command" + (f" without {' and '.join(keys)}" if keys else "")
 
     def seconds(self) -> float:
         """Seconds of this run so far, over all its processes one after the other."""

@@ -1,23 +1,35 @@
 """The judge: what it is asked, what counts as an answer, and what happens when there is none. Servers and models are real, and local."""
 
+import contextlib
+import gc
+import hashlib
 import json
 import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from babylm import models
 from babylm.config import JudgeReward
 from babylm.schema import UserError
-from interactive.judge import SHIPPED_RUBRIC, GradeCache, Rubric, open_judge
+from interactive.judge import SHIPPED_RUBRIC, GradeCache, Interrupted, Rubric, open_judge
 from interactive.reward import build_rewards, combine
 
+ROOT = Path(__file__).parent.parent
 GOOD = "readability: 2 | narrative coherence: 3 | creativity: 1"
 RUBRIC = Rubric.read(None, JudgeReward(kind="judge").criteria, 3)
 
@@ -383,21 +395,157 @@ def test_requests_run_side_by_side(stub):
     assert None not in judge_of(stub, answer=answer, workers=4).grade(["a"] * 8, [str(number) for number in range(8)]) and len(most) == 8
 
 
-def test_a_response_that_trickles_is_not_waited_for(stub):
-    judge = judge_of(stub, attempts=1)
-    judge.entry.timeout = 0.3
+HEAD = b"HTTP/1.1 200 OK\r\n"
+TRICKLES = {  # what a server sends at first, and then again and again
+    "body": (HEAD + b"Connection: close\r\n\r\n", b" ", 0.05, "the response did not end within 0.4 seconds"),
+    "header": (HEAD, b"X", 0.05, "the response did not end within 0.4 seconds"),
+    "header lines": (HEAD, b"X-Wait: yes\r\n", 0.05, "the response did not end within 0.4 seconds"),
+    "preliminary answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001, "no answer within 0.4 seconds"),
+    "chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.05, "the response did not end within 0.4 seconds"),
+    "a refusal": (b"HTTP/1.1 500 Oh\r\n\r\n", b"no", 0.05, "status 500 Oh: nono"),
+    "nothing": (b"", b"", 0.05, "no answer within 0.4 seconds")}
 
-    class Trickle(stub.server.RequestHandlerClass):
-        def do_POST(self):
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(60):
-                self.wfile.write(b" ")
-                time.sleep(0.05)
 
-    stub.server.RequestHandlerClass = Trickle
-    with pytest.raises(UserError, match="the response did not end"):
-        judge.grade(["a"], ["b"])
+@pytest.fixture
+def trickling(monkeypatch):
+    """trickling(name) -> address of a server that sends what TRICKLES says, for ever."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    over, listener, threads = threading.Event(), socket.create_server(("127.0.0.1", 0)), []
+
+    def serve(connection, first, again, pause):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(100_000)
+            connection.sendall(first)
+            while not over.wait(pause):
+                connection.sendall(again)
+
+    def accept(*what):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threads.append(threading.Thread(target=serve, args=(listener.accept()[0], *what)))
+                threads[-1].start()
+
+    def start(name):
+        threads.append(threading.Thread(target=accept, args=TRICKLES[name][:3]))
+        threads[-1].start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    yield start
+    over.set()
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    for thread in threads:
+        thread.join()
+
+
+def connections_to(port):
+    """File descriptors of this process that are connections to this port."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(number))) as one:
+            found += [number] if one.getpeername()[1] == port else []
+    return found
+
+
+def judges_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("judge")]
+
+
+@pytest.mark.parametrize("name", TRICKLES)
+def test_a_server_that_never_comes_to_an_end_is_not_waited_for(trickling, name):
+    entry = JudgeReward(kind="judge", server=trickling(name), backoff=0.001, attempts=2, timeout=0.4)
+    began, gc_was = time.monotonic(), gc.isenabled()
+    gc.disable()  # a socket that only the garbage collector closes is a leak
+    try:
+        with pytest.raises(UserError, match=rf"in 2 attempt\(s\): ({TRICKLES[name][3]})"):
+            open_judge(entry, "cpu", 0, None)
+        assert time.monotonic() - began < 6 and not judges_threads()
+        assert not connections_to(int(entry.server.split(":")[2].removesuffix("/v1"))), "left open"
+    finally:
+        gc.enable() if gc_was else None
+
+
+def test_a_response_of_nested_lists_is_no_answer_as_any_other_nonsense(stub):
+    judge = judge_of(stub, answer=lambda body, number: (200, {}, "[" * 400_000) if number < 2 else GOOD)
+    assert judge.grade(["a"], ["b"])[0]["creativity"] == 1 and len(stub.requests) == 3
+    stub.answer = lambda body, number: (200, {}, "[" * 400_000)
+    with pytest.raises(UserError, match=r"in 3 attempt\(s\): the response is no chat completion: \[\[\["):
+        judge.grade(["a"], ["c"])
+
+
+def test_a_request_to_stop_ends_the_waiting_and_keeps_what_came(stub, tmp_path):
+    judge = judge_of(stub, tmp_path, answer=lambda body, number: GOOD if "fine" in body["messages"][0]["content"] else None, workers=2)
+    began, judge.should_stop = time.monotonic(), lambda: len(judge.cache.grades) == 1
+    with pytest.raises(Interrupted):
+        judge.grade(["a"] * 3, ["fine", "slow", "slow too"])
+    assert time.monotonic() - began < 5 and not judges_threads()
+    assert len(judge.cache.path.read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def stage(corpus, teachers, stub, tmp_path, write_yaml, in_process):
+    """stage.stopped("cut", after=number of answers, signal) -> (exit code, output) of a real process of stage 6 that gets a signal
+    while its judge has stopped answering; stage.whole("name") runs to the end; stage.found("name") is what both leave behind."""
+    config = write_yaml(tmp_path / "rl.yaml", {
+        "name": "rl", "output": str(tmp_path), "seed": 1, "algorithm": "ppo", "model": {"path": str(teachers("llama")[0])},
+        "data": {"corpus": str(corpus), "seq_len": 32, "eval_blocks": 3}, "prompts": {"count": 12, "max_tokens": 3},
+        "generation": {"max_new_tokens": 6}, "rewards": [{"kind": "judge", "server": stub.address, "model": "stub", "workers": 3}],
+        "training": {"steps": 4, "batch_size": 8, "lr": 1e-3, "device": "cpu", "threads": 1}, "ppo": {"minibatches": 2},
+        "checkpoints": {"milestones": False, "save_steps": 100}, "logging": {"logging_steps": 1, "eval_steps": 2, "eval_prompts": 2}})
+
+    def grade(body, number):
+        digits = hashlib.sha256(body["messages"][0]["content"].encode()).digest()
+        return f"readability: {digits[0] % 4} | narrative coherence: {digits[1] % 4} | creativity: {digits[2] % 4}"
+
+    def stopped(name, after, number):
+        stub.forget()
+        hangs = threading.Event()
+
+        def answer(body, count):
+            if count < after:
+                return grade(body, count)
+            hangs.set()
+            return None
+
+        stub.answer = answer
+        process = subprocess.Popen([sys.executable, str(ROOT / "ppo.py"), "--config", str(config), f"name={name}"], cwd=ROOT, text=True,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            assert hangs.wait(200), process.kill() or process.stdout.read()
+            time.sleep(0.2)
+            process.send_signal(number)
+            return process.wait(5), process.communicate()[0]
+        finally:
+            process.kill()
+
+    def whole(name):
+        stub.answer = grade
+        in_process("ppo", "--config", config, f"name={name}")
+
+    def found(name):
+        passing, root = {"seconds", "tokens_per_s"}, tmp_path / name
+        lines = [json.loads(line) for file in ("metrics", "samples") for line in (root / f"run/{file}.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in passing} for line in lines], load_file(root / "model.safetensors")
+
+    return SimpleNamespace(stopped=stopped, whole=whole, found=found, folder=tmp_path)
+
+
+def test_a_signal_while_the_judge_hangs_stops_the_run_at_once_and_it_goes_on_as_if_nothing_had_been(stage):
+    status = stage.folder / "cut/run/status.json"
+    code, said = stage.stopped("cut", 1 + 2 + 8, signal.SIGTERM)  # in step 2; answered were the first question, a validation, a step
+    assert code == 75 and f"SIGTERM while a judge was waited for; the same command continues from {stage.folder}/cut/checkpoint-1" in said
+    assert json.loads(status.read_text())["state"] == "preempted"
+    code, said = stage.stopped("cut", 1 + 8 + 1, signal.SIGINT)  # in the validation after step 2, when half of it is graded
+    assert code == 130 and "interrupted" in said and json.loads(status.read_text())["state"] == "failed"
+    stage.whole("cut")
+    stage.whole("never")
+    (ours, weights), (theirs, expected) = stage.found("cut"), stage.found("never")
+    for one, other in zip(ours, theirs, strict=True):
+        for row in (one, other):  # some grades of a step that is done again are known by then: all are counted once
+            asked, known, _ = (row.pop(f"judge/{name}", 0) for name in ("calls", "cache_hits", "parse_failure_rate"))
+            row["judge/graded"] = asked + known
+    assert ours == theirs and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # ---- A model in this process ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from babylm.config import KLSection, ModelSection, MoEPModelSection, RLConfig
 from babylm.run_folder import Preempted
 from babylm.schema import UserError, check
 from interactive import ppotrainer, rl_run, rollout
+from interactive.judge import Interrupted
 from interactive.ppotrainer import PolicyWithValue, PPOTrainer
 from interactive.rollout import Sample, collate
 
@@ -499,6 +501,42 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(build, tmp_path):
 
     assert logged(run, "metrics.jsonl") == logged(whole, "metrics.jsonl") and logged(run, "samples.jsonl") == logged(whole, "samples.jsonl")
     assert not list(run.folder.root.glob("checkpoint-*"))
+
+
+class Waiting(Toy):
+    """Finds that the run is to stop while it waits for the scores of the n-th batch."""
+
+    def __init__(self, after):
+        super().__init__(low_tokens().value)
+        self.left, self.judge = after, SimpleNamespace(should_stop=None)
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.judge.should_stop():
+            raise Interrupted
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("after", "newest"), [(1, None), (2, None), (3, 1), (4, 2), (5, 2)])
+def test_a_run_that_stops_while_it_waits_for_scores_keeps_the_steps_it_has_done(build, after, newest):
+    """The batches: a validation, two steps, the validation that belongs to the second of them, a third step."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    setting = {"training": {"steps": 3, "batch_size": 8}, "ppo": {"minibatches": 1, "value_lr": 1e-2},
+               "logging": {"eval_prompts": 4, "eval_steps": 2, "logging_steps": 1}, "checkpoints": {"save_steps": 100}}
+    run, trainer = build([Waiting(after)], **setting)
+    continues = f"continues from {run.folder.root}/checkpoint-{newest}" if newest else "starts again"
+    with pytest.raises(Preempted, match=f"SIGTERM while a judge was waited for; the same command {continues}"):
+        trainer.train()
+    assert [folder.name for folder in run.folder.checkpoints()] == ([f"checkpoint-{newest}"] if newest else [])
+    run, trainer = build([low_tokens()], **setting)
+    assert run.step == (newest or 0)
+    trainer.train()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert [(row["kind"], row["step"]) for row in map(json.loads, run.folder.metrics.read_text().splitlines())] == [
+        ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)]
 
 
 # ---- The script -----------------------------------------------------------------------------------------------------

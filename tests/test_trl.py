@@ -17,6 +17,7 @@ from babylm.config import ModelSection, MoEPModelSection, RLConfig
 from babylm.run_folder import Preempted
 from babylm.schema import UserError, check
 from interactive import rl_run, rollout, trltrainer
+from interactive.judge import Interrupted
 from interactive.rollout import Sample
 
 TOKEN = 266  # what the toy reward likes: a token that begins a word
@@ -349,6 +350,22 @@ def test_a_resumed_run_ends_with_the_same_weights(opened, algorithm, changes):
         trltrainer.train(config, run, policy)
     config, run, policy = opened(algorithm, likes_a_token, name="stopped", **changes)
     assert run.step == 2
+    scored = run.score
+
+    def stop_while_a_judge_is_waited_for(samples):
+        if run.step == 3:
+            run.stop.signal_name = "SIGUSR1"
+            run.rewards[0].function = waits
+        scored(samples)
+
+    def waits(*_):
+        raise Interrupted
+
+    run.score = stop_while_a_judge_is_waited_for
+    with pytest.raises(Preempted, match="SIGUSR1 while a judge was waited for; the same command continues from .*/checkpoint-3"):
+        trltrainer.train(config, run, policy)
+    config, run, policy = opened(algorithm, likes_a_token, name="stopped", **changes)
+    assert run.step == 3
     trltrainer.train(config, run, policy)
     ends = [load_file(r.folder.root / "model.safetensors") for r in (whole, run)]
     start = models.load_causal_lm(config.model.path).state_dict()
