@@ -7,9 +7,10 @@ character cut in two, tokens that merge), the cut moves to the left, or the text
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ RULES = 1  # raise when the rules below change: older caches are then made again
 DATASETS = {"tinystories": ("roneneldan/TinyStories", "text"), "writingprompts": ("euclaise/writingprompts", "prompt"),
             "imdb": ("stanfordnlp/imdb", "text")}  # source -> (name on the hub, column)
 SHUFFLE_ROWS = 25_000  # rows drawn from at a time: all of IMDB's training part, whose file has one class after the other
+LONGEST_QUESTION = 20.0  # seconds until the hub has said which commit a revision is
 CHARACTERS_PER_TOKEN = 100  # of a text, so much is encoded for each token that may be kept
 
 
@@ -41,6 +43,7 @@ class Prompts:
         dropped: {reason: times that a text did not become a prompt}.
         shortened: how many were cut further to the left than drawn.
         by_domain: {domain: prompts} for source corpus, else empty.
+        hub: {"dataset", "revision", "commit"} of a data set on the hub, else None: a branch's name stays, what it names does not.
     """
 
     texts: list[str]
@@ -50,6 +53,7 @@ class Prompts:
     dropped: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
     by_domain: dict[str, int] = field(default_factory=dict)
+    hub: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -85,8 +89,8 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def load_prompts(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, corpus: str, seed: int,
-                 cache_dir: str | Path | None = None, write: bool = True) -> Prompts:
-    """The prompts that a config asks for; the same arguments give the same prompts.
+                 cache_dir: str | Path | None = None, write: bool = True, recorded: dict[str, str] | None = None) -> Prompts:
+    """The prompts that a config asks for; the same arguments give the same prompts, of a data set on the hub as long as it stays the same.
 
     Args:
         section: the section `prompts` of stage 6.
@@ -95,13 +99,14 @@ def load_prompts(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, co
         seed: draws the texts, the length of each cut, and the order of `Prompts.batch`.
         cache_dir: where prompts of a data set are kept, so that it is fetched once; None keeps nothing.
         write: False only reads what is kept there.
+        recorded: `Prompts.hub` of the run that goes on, which keeps to its commit.
 
     Raises:
         UserError: a file or data set is missing, cannot be reached or lacks its column, or no text becomes a prompt.
         DataError: the corpus has no validation part.
     """
     if section.from_dataset:
-        return _from_dataset(section, tokenizer, seed, cache_dir, write)
+        return _from_dataset(section, tokenizer, seed, cache_dir, write, recorded)
     if section.source == "corpus":
         return _from_corpus(section, tokenizer, corpus, seed)
     if section.source == "fixed":
@@ -265,7 +270,7 @@ def _read_file(path: Path, column: str) -> list[Any]:
 
 
 def _from_dataset(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, seed: int, cache_dir: str | Path | None,
-                  write: bool) -> Prompts:
+                  write: bool, recorded: dict[str, str] | None) -> Prompts:
     default, column = DATASETS[section.source]
     name, column = section.dataset or default, section.column or column
     local = Path(name).is_dir()
@@ -273,13 +278,21 @@ def _from_dataset(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, s
             "revision": None if local else section.revision, "split": section.split, "column": column, "cut": section.cuts,
             "min_tokens": section.min_tokens, "max_tokens": section.max_tokens, "max_words": section.max_words,
             "count": section.count, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    source = f"column {column} of {name}"
-    cache = Path(cache_dir) / f"{section.source}-{content_hash(what)}.json" if cache_dir else None
+    source, file, hub = f"column {column} of {name}", f"{section.source}-{content_hash(what)}", None
+    if not local:
+        hub = {"dataset": name, "revision": section.revision}
+        if recorded and recorded.items() >= hub.items():
+            hub = recorded
+        else:
+            hub["commit"] = _commit(section, name, Path(cache_dir) if cache_dir else None, file, what)
+        what, file, source = what | hub, f"{file}-{hub['commit']}", f"{source}, commit {hub['commit'][:12]}"
+    cache = Path(cache_dir) / f"{file}.json" if cache_dir else None
     if cache and cache.is_file():
         if (values := _read_cache(cache, what)) is not None:
             return Prompts(**values)
         print(f"{cache} is damaged or stale: making it again", flush=True)
-    prompts = _collect(_rows(section, name, column, seed), section, tokenizer, seed, source)
+    rows = _rows(section, name, column, seed, hub["commit"] if hub else None)
+    prompts = replace(_collect(rows, section, tokenizer, seed, source), hub=hub)
     if cache and write:
         values = {name: getattr(prompts, name) for name in Prompts.__dataclass_fields__}
         try:
@@ -287,6 +300,39 @@ def _from_dataset(section: PromptsSection, tokenizer: PreTrainedTokenizerFast, s
         except OSError as error:
             raise UserError(f"cannot write the prompts to {cache}: {error.strerror}; free some space or mend the folder") from error
     return prompts
+
+
+def _commit(section: PromptsSection, name: str, cache_dir: Path | None, file: str, what: dict) -> str:
+    """The commit that the revision names now; where the hub cannot be asked, the one whose prompts were kept last, and a line that says
+    so. UserError where there is neither, or the hub has no such data set or revision."""
+    if re.fullmatch("[0-9a-f]{40}", section.revision):
+        return section.revision
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx  # by whatever name its own client has it
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, revision=section.revision, timeout=LONGEST_QUESTION).sha
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        answered = isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500
+        kept = sorted(cache_dir.glob(f"{file}-*.json"), key=lambda cache: cache.stat().st_mtime) if cache_dir else []
+        for cache in reversed(kept):
+            hub = {"dataset": name, "revision": section.revision, "commit": cache.stem.rpartition("-")[2]}
+            if not (answered or isinstance(error, ValueError)) and _read_cache(cache, what | hub) is not None:
+                print(f"the hub cannot be asked which commit {name}, revision {section.revision}, is now ({_reason(error)}): taking the "
+                      f"prompts of commit {hub['commit']}, kept in {cache}", flush=True)
+                return hub["commit"]
+        raise _unfetched(section, name, error) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no further message'}"
+
+
+def _unfetched(section: PromptsSection, name: str, error: Exception) -> UserError:
+    return UserError(f"prompts.source: {section.source}: {name} (revision {section.revision}, part {section.split!r}) cannot be "
+                     f"fetched from the hub ({_reason(error)}). Without a network use prompts.source: corpus, or give a local copy "
+                     "in prompts.dataset")
 
 
 def _read_cache(cache: Path, what: dict) -> dict | None:
@@ -309,25 +355,22 @@ def _folder_fingerprint(folder: Path) -> str:
     return content_hash({str(file.relative_to(folder)): file_sha256(file) for file in files})
 
 
-def _rows(section: PromptsSection, name: str, column: str, seed: int) -> Iterator[Any]:
-    """The column's values, shuffled; only as much is fetched as is asked for (and SHUFFLE_ROWS to draw from)."""
+def _rows(section: PromptsSection, name: str, column: str, seed: int, commit: str | None) -> Iterator[Any]:
+    """The column's values, shuffled; only as much is fetched as is asked for (and SHUFFLE_ROWS to draw from). `commit`: None where the
+    data set is a local one."""
     try:
         import datasets
-        import httpx
+        from huggingface_hub.utils import httpx
     except ImportError as error:
         raise UserError(f"prompts.source: {section.source} needs the package {error.name}: pip install {error.name}; or use "
                         "prompts.source: corpus") from None
-    local = Path(name).is_dir()
     try:
-        stream = datasets.load_dataset(name, split=section.split, streaming=True, revision=None if local else section.revision)
+        stream = datasets.load_dataset(name, split=section.split, streaming=True, revision=commit)
         for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
             if column not in row:
                 raise UserError(f"prompts.column: {name} has no column {column!r}; it has: {', '.join(row)}")
             yield row[column]
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no further message'}"
-        if local:
-            raise UserError(f"prompts.dataset: {name}, part {section.split!r}, cannot be read ({reason})") from error
-        raise UserError(f"prompts.source: {section.source}: {name} (revision {section.revision}, part {section.split!r}) cannot be "
-                        f"fetched from the hub ({reason}). Without a network use prompts.source: corpus, or give a local copy "
-                        "in prompts.dataset") from error
+        if commit is None:
+            raise UserError(f"prompts.dataset: {name}, part {section.split!r}, cannot be read ({_reason(error)})") from error
+        raise _unfetched(section, name, error) from error

@@ -7,6 +7,7 @@ An algorithm samples and scores through `RLRun` and reports every step to it; RL
 import datetime
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,15 +66,28 @@ def load_inputs(config: RLConfig) -> Inputs:
     training.milestone_sets(config)  # mistakes in it are said before anything is fetched
     tokenizer = models.load_tokenizer(config.model.path)
     return Inputs(tokenizer, load_prompts(config.prompts, tokenizer, config.data.corpus, config.seed,
-                                          Path(config.data.corpus) / "prompts_cache", write=not config.dry_run))
+                                          Path(config.data.corpus) / "prompts_cache", not config.dry_run, _recorded_prompts(config)))
+
+
+def _recorded_prompts(config: RLConfig) -> dict[str, str] | None:
+    """`Prompts.hub` in the record of the run that this one goes on with, or that it is."""
+    record = Path(config.output) / config.name / "run" / "record.json"
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # then `fresh` was for the job's first start
+    if config.fresh and not requeued or not record.is_file():
+        return None
+    return json.loads(record.read_text(encoding="utf-8")).get("prompts")
 
 
 def open_run(config: RLConfig, inputs: Inputs) -> RunFolder | None:
     """Open the run's folder; None if the run is finished already. The run's identity holds the content of what is read."""
-    return training.open_folder(config, "ppo.py", {
+    folder = training.open_folder(config, "ppo.py", {
         "val": TextPart(config.data.eval_path or config.data.corpus, "val").sha256, "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
         "base": models.weights_fingerprint(config.model.path), "prompts": inputs.prompts.fingerprint,
         **reward.reward_fingerprints(config.rewards, inputs.tokenizer)})
+    if folder and folder.main and inputs.prompts.hub and not config.dry_run:
+        record = folder.run / "record.json"
+        write_json(record, {**json.loads(record.read_text(encoding="utf-8")), "prompts": inputs.prompts.hub})
+    return folder
 
 
 def load_validation(config: RLConfig, inputs: Inputs) -> EvalBlocks:

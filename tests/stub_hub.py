@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"transfer": "basic", "objects": [
                 {**one, **({} if one["oid"] in hub.objects else {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}})}
                 for one in json.loads(body)["objects"]]})
-        if match := re.fullmatch(r"/api/((?:models|spaces)/[\w-]+/[\w.-]+)"
+        if match := re.fullmatch(r"/api/((?:models|spaces|datasets)/[\w-]+/[\w.-]+)"
                                  r"(?:/(refs|commits|tree|branch|preupload|commit|revision)(?:/(.*))?)?", path):
             return self.repository(match[1], match[2] or "revision", match[3] or "main", body, token)
         if match := re.fullmatch(r"/(?!api/)([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):

@@ -5,12 +5,16 @@ from collections import Counter
 
 import datasets
 import pytest
+from huggingface_hub.utils import httpx
+from stub_hub import StubHub
 
-from babylm.config import PromptsSection
+from babylm import run_folder
+from babylm.config import PromptsSection, RLConfig
 from babylm.run_folder import write_json
 from babylm.schema import UserError, check
 from custom_dataset import TextPart
 from interactive import prompts as prompts_module
+from interactive import rl_run
 from interactive.prompts import Prompts, load_prompts
 
 OPENINGS = ("Once upon a time there was a", "Tomorrow the mother saw a", "“Oh!” said the")
@@ -247,6 +251,89 @@ def test_a_data_set_that_cannot_be_used_is_named(load, data_set, tmp_path, monke
     with pytest.raises(UserError, match=r"roneneldan/TinyStories .*cannot be fetched from the hub .*prompts.source: corpus"):
         load(source="tinystories")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def hub(data_set, monkeypatch):
+    """A hub with a data set org/stories; hub.push(texts) makes a commit on main. Its files are local: only commits are asked for."""
+    stub = StubHub()
+    stub.create("datasets/org/stories")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stub.url)
+    folders, real = {}, datasets.load_dataset
+    stub.fetched = []
+
+    def load(name, revision, **keys):
+        stub.fetched.append(revision)
+        return real(folders[revision], **keys)
+
+    def push(texts):
+        commit = stub.commit("datasets/org/stories", "main", "more", {})["id"]
+        folders[commit] = data_set([{"text": text} for text in texts], name=commit)
+        return commit
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    stub.push = push
+    yield stub
+    stub.close()
+
+
+STORIES_ON_THE_HUB = {"source": "tinystories", "dataset": "org/stories", "count": 5}
+
+
+def test_a_branch_that_moved_on_is_fetched_anew_and_a_run_keeps_to_its_commit(hub, load, tokenizer, corpus, tmp_path):
+    first = hub.push(STORIES)
+    held = load(**STORIES_ON_THE_HUB)
+    assert held.hub == {"dataset": "org/stories", "revision": "main", "commit": first} and first[:12] in held.describe()
+    assert load(**STORIES_ON_THE_HUB) == held and hub.fetched == [first]
+    second = hub.push(["Another text entirely, on the same branch"] * 9)
+    moved = load(**STORIES_ON_THE_HUB)
+    assert moved.hub["commit"] == second and moved.texts != held.texts and hub.fetched == [first, second]
+    hub.close()  # neither of these asks
+    section = check(PromptsSection, STORIES_ON_THE_HUB, "x.yaml")
+    assert load_prompts(section, tokenizer, str(corpus), 0, tmp_path / "cache", recorded=held.hub) == held
+    assert load_prompts(section, tokenizer, str(corpus), 0, None, recorded=held.hub) == held
+    assert load(**STORIES_ON_THE_HUB, revision=first).texts == held.texts and hub.fetched == [first, second, first, first]
+
+
+def test_without_a_network_the_newest_kept_commit_is_taken_and_named(hub, load, capsys, monkeypatch):
+    commits = [hub.push(STORIES), hub.push([story.upper() for story in STORIES])]
+    load(**STORIES_ON_THE_HUB, revision=commits[0])
+    newest = load(**STORIES_ON_THE_HUB)
+    capsys.readouterr()
+    for trouble in (lambda *_: 503, lambda *_: "drop"):
+        hub.hook = trouble
+        assert load(**STORIES_ON_THE_HUB) == newest and len(hub.fetched) == 2
+        said = capsys.readouterr().out
+        assert f"taking the prompts of commit {commits[1]}, kept in " in said and "org/stories, revision main" in said
+    with pytest.raises(UserError, match="org/stories .*cannot be fetched from the hub"):
+        load(**{**STORIES_ON_THE_HUB, "count": 6})  # of these none are kept
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: httpx.get("http://127.0.0.1:1"))
+    with pytest.raises(UserError, match="org/stories .*cannot be fetched from the hub .ConnectError"):
+        load(**{**STORIES_ON_THE_HUB, "count": 6, "revision": commits[0]})
+    hub.hook = lambda *_: 404
+    with pytest.raises(UserError, match="org/stories .*cannot be fetched from the hub"):
+        load(**STORIES_ON_THE_HUB)
+
+
+def test_a_run_records_the_commit_and_goes_on_with_it(hub, corpus, teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_opened", [])
+    config = {"name": "rl", "output": str(tmp_path), "algorithm": "ppo", "model": {"path": str(teachers("llama")[0])},
+              "data": {"corpus": str(corpus)}, "prompts": STORIES_ON_THE_HUB, "rewards": [{"kind": "random"}],
+              "training": {"steps": 1, "batch_size": 8, "device": "cpu"}}
+    monkeypatch.setattr(rl_run, "load_prompts", lambda section, tokenizer, folder, seed, cache, write, recorded: load_prompts(
+        section, tokenizer, folder, seed, tmp_path / "cache", write, recorded))  # the corpus' own folder is shared by tests
+    first = hub.push(STORIES)
+    opened = check(RLConfig, config, "x.yaml")
+    folder = rl_run.open_run(opened, rl_run.load_inputs(opened))
+    folder.append_metrics({"kind": "train", "step": 0})  # from now on the folder holds a run, which must stay the same
+    assert json.loads((folder.run / "record.json").read_text())["prompts"]["commit"] == first
+    second = hub.push(["Another text entirely, on the same branch"] * 9)
+    again = rl_run.load_inputs(opened)
+    assert again.prompts.hub["commit"] == first and rl_run.open_run(opened, again)
+    assert json.loads((folder.run / "record.json").read_text())["prompts"]["commit"] == first
+    assert rl_run.load_inputs(check(RLConfig, {**config, "fresh": True}, "x.yaml")).prompts.hub["commit"] == second
+    other = {**config, "prompts": {**STORIES_ON_THE_HUB, "revision": second}}
+    assert rl_run.load_inputs(check(RLConfig, other, "x.yaml")).prompts.hub["commit"] == second
 
 
 # ---- The section ----------------------------------------------------------------------------------------------------
