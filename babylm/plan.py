@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from torch.distributed.fsdp import FSDPModule
 
 from babylm import models, parallel
 from babylm.config import RunConfig
@@ -92,27 +93,37 @@ class Activations:
 
 
 def activations(distiller: Distiller, data: "Data", per_device: int, precision: str, device: torch.device) -> dict[bool, Activations]:
-    """{gradient checkpointing: what the forward pass of a micro-step keeps}, measured on two and four sequences and carried on in a
-    straight line, in which it grows; no teacher is run. Random numbers that are drawn here are not missing afterwards.
+    """`measured_activations` of a micro-step of stages 2 to 5; no teacher is run.
 
     Args:
         distiller: on its device.
         per_device: sequences at once.
-
-    Returns:
-        False and, where the student knows how to recompute its blocks, True.
     """
     student = distiller.student
     base = student.get_base_model() if hasattr(student, "get_base_model") else student  # what peft wraps
-    few = sorted({min(count, per_device) for count in (2, 4)})  # some kernels keep odd numbers of them otherwise
+    return measured_activations(lambda count: saved_bytes(distiller, stand_in_batch(distiller, data, count, device), precision),
+                                base, per_device, device)
+
+
+def measured_activations(kept_by: Callable[[int], int], model: torch.nn.Module, most: int, device: torch.device) -> dict[bool, Activations]:
+    """{gradient checkpointing: what a forward pass of `most` sequences keeps}, measured on two and four and carried on in a straight
+    line, in which it grows. Random numbers that are drawn here are not missing afterwards.
+
+    Args:
+        kept_by: bytes that the forward pass of a number of sequences keeps.
+        model: whose blocks are recomputed, or not.
+
+    Returns:
+        False and, where the model knows how to recompute its blocks, True.
+    """
+    few = sorted({min(count, most) for count in (2, 4)})  # some kernels keep odd numbers of them otherwise
     kept = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        batches = [stand_in_batch(distiller, data, count, device) for count in few]
-        for recomputed in (False, True) if base.supports_gradient_checkpointing else (False,):
-            with checkpointing(base, recomputed):
-                found = [saved_bytes(distiller, batch, precision) for batch in batches]
-            kept[recomputed] = found[0] + (found[-1] - found[0]) * (per_device - few[0]) // max(few[-1] - few[0], 1)
-    depth = base.config.num_hidden_layers
+        for recomputed in (False, True) if model.supports_gradient_checkpointing else (False,):
+            with checkpointing(model, recomputed):
+                found = [kept_by(count) for count in few]
+            kept[recomputed] = found[0] + (found[-1] - found[0]) * (most - few[0]) // max(few[-1] - few[0], 1)
+    depth = model.config.num_hidden_layers
     return {recomputed: Activations(size, round(max(0, kept[False] - size) / depth) if recomputed else 0)
             for recomputed, size in kept.items()}
 
@@ -136,17 +147,17 @@ def saved_bytes(distiller: Distiller, batch: dict[str, torch.Tensor], precision:
 
 def saved_by(function: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> int:
     """Bytes of all that `function` saves for the backward pass of its result, each piece of memory once, `weights` left out."""
-    known = {parallel.local(part).untyped_storage().data_ptr() for part in weights}
     saved: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in known:
-            saved[place] = tensor.detach()  # held, so that no later one takes its place
+        saved[tensor.untyped_storage().data_ptr()] = tensor.detach()  # held, so that no later one takes its place
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = function()  # held, as what it saved is
-        size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        # Looked up only now: some weights of a sharded model are whole by now, and others have been given back (0 bytes).
+        known = {parallel.local(part).untyped_storage().data_ptr() for part in weights}
+        size = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in known)
         del result
     return size
 
@@ -176,6 +187,46 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def gradient_bytes(trained: Iterable[torch.nn.Parameter], processes: int, accumulation: int, views: bool) -> int:
+    """Bytes of gradients and of DDP's buckets, from which they are sent to the other processes.
+
+    Args:
+        accumulation: micro-steps per optimizer step.
+        views: whether gradients lie in the buckets. Those of micro-steps that are not sent do not: they are made before a bucket
+            is looked at.
+    """
+    trained = list(trained)
+    total = storage_bytes(trained)
+    newest = max((whole_bytes([parameter]) for parameter in trained), default=0)  # made beside what it is added or copied to
+    buckets = total if processes > 1 and (accumulation > 1 or not views) else 0
+    return total + buckets + (newest if processes > 1 or accumulation > 1 else 0)
+
+
+def gathered_bytes(distiller: Distiller) -> int:
+    """Bytes that a sharded distiller has on the device at most beside its shards (parallel.shard).
+
+    Embeddings, head and terms are whole from the forward pass to the end of the backward pass, where their gradients are too,
+    and then what is sent of these. Of the blocks, one is computed while the next one's weights arrive and the last one's
+    gradients leave. Before that, a teacher's embeddings and two of its blocks.
+    """
+    def parts(module: torch.nn.Module) -> tuple[int, int]:
+        whole, *blocks = (whole_bytes(part.parameters()) for part in module.modules() if isinstance(part, FSDPModule))
+        return whole - sum(blocks), max(blocks)
+
+    rest, block = parts(distiller)
+    moments = [rest + 4 * block, 2 * rest + block]
+    for teacher in distiller.teachers:
+        if teacher.body is not None and not teacher.entry.device:
+            theirs, of_theirs = parts(teacher.body)
+            moments.append(theirs + 2 * of_theirs)
+    return rest + max(moments)
+
+
+def whole_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of parameters, sharded ones with all their parts."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
 def forward(distiller: Distiller, batch: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
     """The loss of a micro-batch, under the run's autocast."""
     with torch.autocast(batch["input_ids"].device.type, dtype=AUTOCAST[precision], enabled=precision != "fp32"):
@@ -190,7 +241,7 @@ def uncompiled(distiller: Distiller) -> AbstractContextManager:
 @contextmanager
 def checkpointing(model: torch.nn.Module, on: bool) -> Iterator[None]:
     """With a model's blocks recomputed in the backward pass, or not; afterwards as it was."""
-    before = model.is_activation_checkpointing
+    before, entered = model.is_activation_checkpointing, bool(getattr(model, "_require_grads_hooks", None))
 
     def switch(wanted: bool) -> None:
         if wanted and not model.is_activation_checkpointing:
@@ -203,6 +254,8 @@ def checkpointing(model: torch.nn.Module, on: bool) -> Iterator[None]:
         yield
     finally:
         switch(before)
+        if not (before or entered):  # switched on, it makes frozen embeddings ask for gradients too, and goes on doing so
+            model.disable_input_require_grads()
 
 
 # ---- The plan of a run of stages 2 to 5 -----------------------------------------------------------------------------
@@ -285,16 +338,22 @@ class Plan:
             distiller.reshard()  # no backward pass has done it
         here, other = (found.get(on) for on in (training.gradient_checkpointing, not training.gradient_checkpointing))
         weights = storage_bytes([*distiller.parameters(), *distiller.buffers()])
-        trained = storage_bytes([parameter for _, parameter in trainable_parameters(distiller)])
+        parameters = [parameter for _, parameter in trainable_parameters(distiller)]
+        moments = 2 * storage_bytes(parameters)
+        if distiller.sharded:  # the processes exchange gradients after every micro-step, block by block
+            gradients, gathered = storage_bytes(parameters), gathered_bytes(distiller)
+        else:
+            gradients, gathered = gradient_bytes(parameters, self.processes, self.accumulation, views=True), 0
         teachers, elsewhere = (storage_bytes(part for part in teacher_tensors(distiller) if (part.device.type == self.device.type) is on_it)
                                for on_it in (True, False))  # elsewhere: distillation.offload_teacher
         logits = self._logit_bytes()
-        total = weights + 3 * trained + teachers + here.peak + logits
+        total = weights + gradients + moments + gathered + teachers + here.peak + logits
         alternative = f"; {amount(other.peak)} with{'out' * training.gradient_checkpointing} gradient_checkpointing" if other else ""
         each = " in each process" if self.processes > 1 else ""
-        self.say("memory", f"{amount(total)}{each} = weights {amount(weights)} + gradients {amount(trained)} + Adam {amount(2 * trained)}"
-                 + (f" + teacher {amount(teachers)}" if teachers else "") + f" + logits {amount(logits)} + activations {amount(here.peak)} "
-                 f"({self.per_device} x {self.config.data.seq_len} tokens at once{', before compilation' * training.compile}{alternative})"
+        self.say("memory", f"{amount(total)}{each} = weights {amount(weights)} + gradients {amount(gradients)} + Adam {amount(moments)}"
+                 + (f" + gathered {amount(gathered)}" if gathered else "") + (f" + teacher {amount(teachers)}" if teachers else "")
+                 + f" + logits {amount(logits)} + activations {amount(here.peak)} ({self.per_device} x {self.config.data.seq_len} tokens "
+                 f"at once{', before compilation' * training.compile}{alternative})"
                  + (f"; {amount(elsewhere)} of teachers wait in host memory" if elsewhere else ""))
 
     def _logit_bytes(self) -> int:

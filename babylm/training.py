@@ -291,6 +291,8 @@ class DistillTrainer(Trainer):
         super().__init__(model=distiller, args=self._arguments(steps, per_device, accumulation), train_dataset=data.train,
                          data_collator=collate, callbacks=[RunCallback(self)])
         self.remove_callback(PrinterCallback)
+        if self.accelerator.ddp_handler:  # TrainingArguments has no such key: gradients lie in what DDP sends, not beside it
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self._first_bad_step = torch.tensor(sys.maxsize, device=self.args.device)
 
     def _arguments(self, steps: int, per_device: int, accumulation: int) -> TrainingArguments:

@@ -1,5 +1,6 @@
 """What is printed before the first step, and the dry run of every stage: what it says, what it refuses, and that it writes nothing."""
 
+import gc
 import hashlib
 import json
 import re
@@ -9,7 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from babylm import models, plan, run_folder, teacher_cache, training
@@ -115,12 +119,17 @@ def student_of(architecture, tokenizer):
 
 
 def counted_flops(distiller):
-    """Per token, of a micro-step, as torch counts them: attention and sums into a matrix too, which it leaves out of itself."""
+    """Per token, of a micro-step."""
     ids = torch.randint(3, 200, (SEQUENCES, LONG), generator=torch.Generator().manual_seed(0))
+    return counted(lambda: distiller.train()(ids)["loss"].backward()) / ids.numel()
+
+
+def counted(function):
+    """FLOPs of a call as torch counts them: attention and sums into a matrix too, which it leaves out of itself."""
     sums = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=sums) as counter:
-        distiller.train()(ids)["loss"].backward()
-    return counter.get_total_flops() / ids.numel()
+        function()
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gptj", "moep"])
@@ -185,6 +194,7 @@ def test_activations_are_what_a_real_micro_step_keeps(corpus, tokenizer, archite
     found = plan.activations(distiller, data, 16, precision, device)
     assert torch.equal(torch.get_rng_state(), state)  # a run draws the same numbers, whether it was measured or not
     assert not any(part.training for part in distiller.modules()) and not distiller.student.is_activation_checkpointing
+    assert not distiller.student.get_input_embeddings()._forward_hooks  # that would ask for gradients of frozen embeddings
     assert all(parameter.grad is None for parameter in distiller.parameters())
     ids = torch.stack([data.train[item]["input_ids"] for item in range(16)])
     for recomputed, estimate in found.items():
@@ -217,6 +227,88 @@ def test_a_block_that_is_recomputed_is_counted_as_large_as_it_is(corpus, tokeniz
     embeddings = body.rotary_emb(hidden, places)
     real = plan.saved_by(lambda: body.layers[0](hidden, position_embeddings=embeddings, position_ids=places), list(distiller.parameters()))
     assert block == pytest.approx(real, rel=0.1)
+
+
+WIDE = ["model={architecture: llama, layers: 3, width: 128, heads: 2, max_positions: 64, tied: false}", "training.steps=4",
+        "training.batch_size=4", "data.seq_len=8"]  # few tokens: what there is beside activations counts
+
+
+def exact_amounts(rank):
+    plan.amount = lambda size: f"{size} B"
+
+
+def printed_memory(output):
+    """{part: bytes} of a memory line printed after `exact_amounts`; "all" is their sum."""
+    line, = head(output, "memory")
+    return {"all": int(line.split()[0]), **{name: int(size) for name, size in re.findall(r"[=+] (\w+) (\d+) B", line)}}
+
+
+def profile_two_steps(rank):
+    """Print the most that was allocated at a time, from here to the end of the second step."""
+    started, callback = profile(activities=[ProfilerActivity.CPU], profile_memory=True), training.RunCallback
+    started.start()
+    end = callback.on_step_end
+
+    def on_step_end(self, args, state, *rest, **kwargs):
+        if state.global_step == 2:
+            started.stop()
+            events = [event for event in started.profiler.kineto_results.events() if event.name() == "[memory]"]
+            sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+            print("PEAK", max(np.cumsum(sizes)), flush=True)
+        return end(self, args, state, *rest, **kwargs)
+
+    callback.on_step_end = on_step_end
+    # The weights are the same in all processes, and copies that gloo's own threads give back would never be seen to go.
+    torch.nn.parallel.distributed._sync_module_states = lambda **_: None
+
+
+@pytest.mark.parametrize("per_device", [2, 1])
+def test_the_memory_line_covers_what_ddp_holds(home, corpus, on_two_processes, per_device):
+    """Without accumulation gradients lie in DDP's buckets; with it, beside them."""
+    main, _ = on_two_processes("train_baseline", "--config", home / "run.yaml", f"output={home / 'pairs'}", f"name=ddp-{per_device}", *WIDE,
+                               f"data.corpus={corpus}", f"training.per_device_batch_size={per_device}", "logging.eval_steps=100",
+                               before=lambda rank: (exact_amounts(rank), profile_two_steps(rank)))
+    said, (peak,) = printed_memory(main), map(int, re.findall(r"PEAK (\d+)", main))
+    assert 0.97 * peak <= said["all"] < 1.1 * peak  # the elementwise part of the loss has temporaries that are not counted
+    assert said["gradients"] == pytest.approx((1 if per_device == 2 else 2) * said["weights"], rel=0.2)
+
+
+def watch_gathered(rank):
+    """Print the most that all tensors which Python can see, activations not, hold at the points where a block's gradients are done."""
+    most, reduce = [0], FSDPParamGroup.post_backward
+
+    def held():
+        tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+        tensors += [found.grad for found in tensors if found.is_leaf and found.grad is not None]
+        storages = [(found.to_local() if isinstance(found, DTensor) else found).untyped_storage() for found in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def post_backward(self, *args, **kwargs):
+        before = held()
+        result = reduce(self, *args, **kwargs)
+        most[0] = max(most[0], before, held())
+        return result
+
+    callback = training.RunCallback
+    end = callback.on_step_end
+
+    def on_step_end(self, args, state, *rest, **kwargs):
+        if state.global_step == 2:
+            print("PEAK", most[0], flush=True)
+        return end(self, args, state, *rest, **kwargs)
+
+    FSDPParamGroup.post_backward, callback.on_step_end = post_backward, on_step_end
+
+
+@pytest.mark.parametrize("name, terms", [("plain", "{w_ce: 1, w_kl: 0}"), ("aux", "{w_ce: 1, w_kl: 0, auxiliary: {blocks: [1, 2]}}")])
+def test_the_memory_line_covers_what_sharding_gathers(home, corpus, on_two_processes, name, terms):
+    main, other = on_two_processes("train_student", "--config", home / "run.yaml", f"output={home / 'pairs'}", f"name=fsdp-{name}", *WIDE,
+                                   f"data.corpus={corpus}", f"distillation={terms}", "training.fsdp=true", "logging.eval_steps=100",
+                                   "training.per_device_batch_size=2", before=lambda rank: (exact_amounts(rank), watch_gathered(rank)))
+    said, (peak,) = printed_memory(main), map(int, re.findall(r"PEAK (\d+)", other))  # the main process has a whole copy for saving
+    covered = said["weights"] + said["gradients"] + said["Adam"] + said["gathered"]
+    assert peak <= covered < 1.4 * peak
+    assert said["weights"] + said["gradients"] + said["Adam"] < 0.9 * peak
 
 
 def test_amounts_are_readable():
