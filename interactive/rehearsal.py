@@ -1,18 +1,18 @@
-"""The dry run of stage 6: what a run would be, and how long it would take, by a few completions of the real thing."""
+"""What a run of stage 6 costs: FLOPs and memory, as every run prints them before its first step; and its dry run: how long it would
+take, by a few completions of the real thing."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from babylm import plan
+from babylm import models, plan
 from babylm.config import RLConfig
 from babylm.run_folder import amount
 from interactive import reward
 from interactive.judge import ServerJudge
-from interactive.rl_run import RLRun
 from interactive.rollout import (
     Batch,
     Sample,
@@ -25,11 +25,70 @@ from interactive.rollout import (
     token_logprobs,
 )
 
+if TYPE_CHECKING:
+    from interactive.rl_run import RLRun
+
 Learn = Callable[[Batch], torch.Tensor]
 
 
-def rehearse(run: RLRun, model: PreTrainedModel, trained: torch.nn.Module | None = None, learn: Learn | None = None) -> None:
-    """Write, reward, read and learn from a few completions; print the plan, the memory, the time, the disk. No file is written, the
+# ---- FLOPs and memory -----------------------------------------------------------------------------------------------
+
+
+def flops_per_token(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module) -> dict[str, float]:
+    """{"writing", "reading", "learning"}: FLOPs of a step per token of prompts and completions, both as long as they get.
+
+    As `models.forward_flops_per_token` counts them; the head reads completions alone, and learning costs three forward passes.
+    Attention is counted to all tokens, also while writing, where those to come are not there yet. What rewards cost is not counted.
+    """
+    _, passes, times, _ = shape_of_step(run.config)
+    length, head = run.longest, 2.0 * model.get_output_embeddings().weight.numel()
+    body = models.forward_flops_per_token(model, length) - head
+    forward = body + head * run.config.generation.max_new_tokens / length
+    value = body if getattr(trained, "value_body", None) is not None else 0.0
+    return {"writing": forward, "reading": passes * forward + value, "learning": times * 3 * (forward + value)}
+
+
+def memory(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module) -> str:
+    """What a process will hold while it learns, in words: activations are measured on a few completions of random tokens, as long as
+    prompts and completions get. No random state and no weight is changed.
+
+    Args:
+        model: the policy, on the run's device.
+        trained: all that the optimizer changes.
+    """
+    config, processes = run.config, run.state.num_processes
+    share = config.training.batch_size // processes // (config.ppo.minibatches if config.algorithm == "ppo" else 1)
+    at_once = min(plan.accumulation_steps(config, processes)[0], share)
+    generator = torch.Generator().manual_seed(0)
+
+    def kept_by(count: int) -> int:
+        ids = torch.randint(model.config.vocab_size, (count, run.longest), generator=generator).tolist()
+        split = run.longest - config.generation.max_new_tokens
+        batch = collate([Sample("", "", row[:split], row[split:], finished=False) for row in ids], run.device)
+        # Blocks are recomputed in train mode only.
+        with models.mode(trained, training=model.is_activation_checkpointing), _autocast(run):
+            return plan.saved_by(lambda: _loss(trained, model, config)(batch), [*weights, *frozen])
+
+    weights = [*trained.parameters(), *trained.buffers()]
+    frozen = [part for one in [run.reference, *(one for r in run.rewards for one in models_of(r))]
+              for part in [*one.parameters(), *one.buffers()]]
+    found = plan.measured_activations(kept_by, model, at_once, run.device)
+    recomputed = config.training.gradient_checkpointing
+    here, other = (found.get(on) for on in (recomputed, not recomputed))
+    gradients = plan.gradient_bytes(trained.parameters(), processes, math.ceil(share / at_once), views=False)
+    sizes = {"weights": plan.storage_bytes(weights), "gradients": gradients, "Adam": 2 * plan.storage_bytes(trained.parameters()),
+             "reference and rewards": plan.storage_bytes(frozen), "activations and logits": here.peak}
+    alternative = f"; {amount(other.peak)} with{'out' * recomputed} gradient_checkpointing" if other else ""
+    return (amount(sum(sizes.values())) + " in each process" * (processes > 1) + " = "
+            + " + ".join(f"{name} {amount(size)}" for name, size in sizes.items())
+            + f" ({at_once} completions at once, of up to {run.longest} tokens with their prompts{alternative})")
+
+
+# ---- The dry run ----------------------------------------------------------------------------------------------------
+
+
+def rehearse(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module | None = None, learn: Learn | None = None) -> None:
+    """Write, reward, read and learn from a few completions; print the plan, the time, the disk. No file is written, the
     weights are left as they are, and a judge on a server is asked nothing beyond the one question that opens it.
 
     Args:
@@ -43,11 +102,9 @@ def rehearse(run: RLRun, model: PreTrainedModel, trained: torch.nn.Module | None
     """
     config, trained, processes = run.config, trained or model, run.state.num_processes
     per_device, _ = plan.accumulation_steps(config, processes)
-    learn = learn or _of_logprobs(model, config.generation.temperature)
-    run.print_plan(model)
+    learn = learn or _loss(trained, model, config)
+    run.print_plan(model, trained)
     weights = list(trained.parameters())
-    frozen = [part for each in [run.reference, *(one for r in run.rewards for one in models_of(r))] for part in each.parameters()]
-    trained_bytes = plan.storage_bytes(iter(weights))
 
     rewards = [r for r in run.rewards if not isinstance(getattr(getattr(r, "judge", None), "backend", None), ServerJudge)]
     prompts, held, every = run.prompts.batch(0, per_device), [], []
@@ -70,7 +127,6 @@ def rehearse(run: RLRun, model: PreTrainedModel, trained: torch.nn.Module | None
 
     writing, at_once = plan.per_sequence(write, per_device, run.device)
     reading, _ = plan.per_sequence(read, at_once, run.device)
-    activations = plan.saved_by(lambda: forward(at_once), [*weights, *frozen, *trained.buffers()]) * per_device // at_once
     learning, _ = plan.per_sequence(lambda count: forward(count).backward(), at_once, run.device)
     optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)
     optimizer.step()  # its moments are made in the first one
@@ -81,10 +137,6 @@ def rehearse(run: RLRun, model: PreTrainedModel, trained: torch.nn.Module | None
     words, tokens = (sum(values) / len(every) for values in ([s.words for s in every], [len(s.completion_ids) for s in every]))
     steps = _steps_left(run, completions, words)
     in_all = config.training.words or round(run.progress.words + (steps or 0) * completions * words)
-    run.say(f"memory     {amount(4 * trained_bytes + plan.storage_bytes(iter(frozen)) + activations)} = weights {amount(trained_bytes)} + "
-            f"gradients {amount(trained_bytes)} + Adam {amount(2 * trained_bytes)} + reference and rewards "
-            f"{amount(plan.storage_bytes(iter(frozen)))} + activations and logits {amount(activations)} ({per_device} completions at once, "
-            f"of {tokens:.0f} tokens as measured)")
     run.say(f"step       {completions:,} completions x (writing and rewards {writing:.2g} s + {passes} reading(s) {reading:.2g} s + "
             f"{times} learning(s) {learning:.2g} s) + {updates} optimizer step(s) {update:.2g} s = {step:.3g} s; measured on {at_once} at "
             f"a time, of {tokens:.1f} tokens and {words:.1f} words")
@@ -116,7 +168,11 @@ def models_of(one: Any) -> list[torch.nn.Module]:
     return [model for holder in holders if isinstance(model := getattr(holder, "model", None), torch.nn.Module)]
 
 
-def _of_logprobs(model: PreTrainedModel, temperature: float) -> Learn:
+def _loss(trained: torch.nn.Module, model: PreTrainedModel, config: RLConfig) -> Learn:
+    """A scalar of a batch of completions whose gradient costs what the algorithm's does: of their log-probabilities, and PPO's values."""
+    temperature = config.generation.temperature
+    if trained is not model:  # ppotrainer.PolicyWithValue
+        return lambda batch: sum(part.mean() for part in trained(batch, temperature, bool(config.ppo.entropy_coefficient))[:2])
     body, head = body_and_head(model, "policy")
     return lambda batch: token_logprobs(head(completion_states(body, batch)).float() / temperature, batch.targets[batch.mask]).mean()
 
@@ -126,11 +182,11 @@ def _first(samples: list[Sample], count: int) -> list[Sample]:
     return [samples[number % len(samples)] for number in range(count)]
 
 
-def _autocast(run: RLRun) -> torch.autocast:
+def _autocast(run: "RLRun") -> torch.autocast:
     return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.config.training.precision == "bf16")
 
 
-def _steps_left(run: RLRun, completions: int, words: float) -> int | None:
+def _steps_left(run: "RLRun", completions: int, words: float) -> int | None:
     budget = run.config.training
     if budget.steps:
         return budget.steps - run.step

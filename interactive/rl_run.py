@@ -40,7 +40,7 @@ from babylm.run_folder import (
 )
 from babylm.schema import UserError, identity
 from custom_dataset import EvalBlocks, TextPart, open_store, tokenizer_fingerprint
-from interactive import reward
+from interactive import rehearsal, reward
 from interactive.judge import Interrupted
 from interactive.prompts import Prompts, load_prompts
 from interactive.rollout import Sample, body_and_head, completion_logprobs, sample, seeds_of
@@ -137,9 +137,8 @@ class RLRun:
                 self._forget_samples_after(self.step)
         self.ledger = rl_ledger(config, tokenizer_fingerprint(self.tokenizer))
         limit = getattr(reference.config, "max_position_embeddings", None)
-        longest = 1 + self.prompts.longest + config.generation.max_new_tokens  # the start token is the first
-        if limit and longest > limit:
-            raise UserError(f"model.path: {config.model.path} has {limit} positions, but prompts and completions have up to {longest} "
+        if limit and self.longest > limit:
+            raise UserError(f"model.path: {config.model.path} has {limit} positions, but prompts and completions have up to {self.longest} "
                             "tokens: lower generation.max_new_tokens, or cut the prompts (prompts.cut, prompts.max_tokens)")
         self._began = self._window_began = time.monotonic()
         self._stats: dict[str, float] = {}
@@ -154,6 +153,11 @@ class RLRun:
     def step(self) -> int:
         """Steps done."""
         return self.progress.step
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a prompt and its completion have."""
+        return 1 + self.prompts.longest + self.config.generation.max_new_tokens  # the start token is the first
 
     @property
     def share(self) -> float:
@@ -257,7 +261,7 @@ class RLRun:
         self._began = time.monotonic()
         self._window_began = self._began - self.progress.window_seconds
         self.folder.set_status("running")
-        self.print_plan(model)
+        self.print_plan(model, trained or model)
         if self.stop:
             raise Preempted(f"{self.stop.signal_name} before the first step; the same command starts again")
         if self.step == 0:
@@ -487,11 +491,17 @@ class RLRun:
         if self.folder.main:
             print(line, file=sys.stdout, flush=True)
 
-    def print_plan(self, model: PreTrainedModel) -> None:
-        """What the run will be."""
+    def print_plan(self, model: PreTrainedModel, trained: torch.nn.Module) -> None:
+        """What the run will be, and what it costs.
+
+        Args:
+            trained: all that the optimizer changes.
+        """
         config = self.config
         budget = config.training
-        self.say(f"model      {models.count_parameters(model):,} parameters, from {config.model.path}")
+        flops = {name: value / 1e6 for name, value in rehearsal.flops_per_token(self, model, trained).items()}
+        self.say(f"model      {models.count_parameters(model):,} parameters, from {config.model.path}; {sum(flops.values()):,.1f} MFLOP "
+                 "per token of prompts and completions: " + " + ".join(f"{name} {value:,.1f}" for name, value in flops.items()))
         self.say(f"prompts    {len(self.prompts.texts):,}: {self.prompts.source}")
         self.say("rewards    " + " + ".join(f"{r.weight:g} x {r.__name__}" for r in self.rewards))
         per_device, accumulation = accumulation_steps(config, self.state.num_processes)
@@ -499,6 +509,8 @@ class RLRun:
                  f"{self.state.num_processes} process(es) x {per_device} x {accumulation} accumulation")
         self.say("budget     " + (f"{budget.words:,} words generated" if budget.words else f"{budget.steps:,} steps"))
         self.say(f"device     {self.device}, {budget.precision}, {torch.get_num_threads()} CPU threads")
+        if self.folder.main:
+            self.say(f"memory     {rehearsal.memory(self, model, trained)}")
         if self.folder.resume_from and not config.dry_run:
             self.say(f"resuming from {self.folder.resume_from}")
 

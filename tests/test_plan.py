@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,11 +25,15 @@ from babylm.config import (
     ModelSection,
     MoEPDistillationSection,
     MoEPModelSection,
+    RLConfig,
     StudentConfig,
 )
 from babylm.distillation import Distiller, Teacher
 from babylm.schema import UserError, check, identity
 from custom_dataset import DataError, TokenBlocks, UnwrittenStore, open_store
+from interactive import rehearsal
+from interactive.ppotrainer import PolicyWithValue
+from interactive.rollout import Sample, body_and_head, collate, completion_logprobs, switch_off_dropout
 
 LLAMA = {"architecture": "llama", "layers": 2, "width": 32, "heads": 2, "ffn": 64, "max_positions": 64}
 SETTINGS = {
@@ -522,11 +527,82 @@ def test_stage_6_writes_a_few_completions_and_no_file(home, teachers, write_yaml
     assert "2,000 words generated" in head(out, "budget")[0] and "nothing was written" in out.splitlines()[-1]
     completions = 2 * 128 if algorithm == "dpo" else 8
     assert head(out, "step")[0].startswith(f"{completions} completions x") and re.search(r"about \d", head(out, "time")[0])
+    costs = r"MFLOP per token of prompts and completions: writing [\d.]+ \+ reading [\d.]+ \+ learning [\d.]+$"
+    assert re.search(costs, head(out, "model")[0])
+    memory, = head(out, "memory")
+    assert re.search(r"= weights \S+ [KM]B \+ gradients \S+ [KM]B \+ Adam \S+ [KM]B \+ reference and rewards \S+ [KM]B \+ activations and "
+                     r"logits \S+ [KM]B \(4 completions at once, of up to \d+ tokens with their prompts; \S+ [KM]B with grad", memory)
     assert "1 milestone(s)" in head(out, "disk")[0] and "new; starts at step 0" in head(out, "folder")[0]
     if algorithm == "ppo":
         settings["ppo"] = {"minibatches": 3}
         with pytest.raises(UserError, match="not a multiple of ppo.minibatches 3"):
             dry("ppo", config=write_yaml(tmp_path / "rl.yaml", settings))
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_a_real_run_of_stage_6_prints_what_its_dry_run_did(home, teachers, write_yaml, tmp_path, dry, in_process, capsys, monkeypatch,
+                                                           value):
+    policy, = teachers("gpt2")
+    config = write_yaml(tmp_path / "rl.yaml", {
+        "name": "rl", "output": str(tmp_path), "model": {"path": str(policy)}, **RL, "data": {"corpus": str(home / "corpus"), **RL["data"]},
+        "training": {**RL["training"], "words": 20}, "algorithm": "ppo", "ppo": {"value": value, "minibatches": 4}})
+    expected = dry("ppo", config=config)
+    measure, changes = rehearsal.memory, []
+
+    def watched(run, model, trained):
+        before = torch.get_rng_state(), [part.training for part in trained.modules()], model.is_activation_checkpointing
+        began = time.perf_counter()
+        line = measure(run, model, trained)
+        assert time.perf_counter() - began < 3  # 0.1 s where nothing else is computed
+        changes.append(not torch.equal(before[0], torch.get_rng_state()) or before[1] != [part.training for part in trained.modules()]
+                       or before[2] != model.is_activation_checkpointing or any(p.grad is not None for p in trained.parameters()))
+        return line
+
+    monkeypatch.setattr(rehearsal, "memory", watched)
+    shutil.copytree(home / "corpus", tmp_path / "corpus")
+    in_process("ppo", "--config", config, f"data.corpus={tmp_path / 'corpus'}")
+    out = capsys.readouterr().out
+    assert changes == [False] and out.index("memory  ") < out.index("step ")
+    assert "(2 completions at once" in head(out, "memory")[0]  # a minibatch has no more
+    for name in ("model", "memory"):
+        assert head(out, name) == head(expected, name)
+
+
+def policy_of(tokenizer, value, length=40, written=24):
+    """A run, its policy and what PPO trains of it, and a batch of completions as long as they get."""
+    config = check(RLConfig, {"name": "n", "model": {"path": "p"}, **RL, "algorithm": "ppo", "generation": {"max_new_tokens": written},
+                              "training": {"steps": 1, "batch_size": 8, "device": "cpu"}, "ppo": {"value": value, "epochs": 3}}, "test")
+    model = models.build_model(ModelSection(layers=3, width=64, heads=2, max_positions=64), tokenizer, 0)
+    switch_off_dropout(model)
+    run = SimpleNamespace(config=config, longest=length, reference=model, rewards=[], device=torch.device("cpu"),
+                          state=SimpleNamespace(num_processes=1))
+    ids = torch.randint(3, 200, (8, length), generator=torch.Generator().manual_seed(0)).tolist()
+    samples = [Sample("", "", row[:length - written], row[length - written:], False) for row in ids]
+    return run, model, PolicyWithValue(model, value).eval(), samples
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_flops_of_stage_6_are_those_of_its_passes(tokenizer, value):
+    run, model, trained, samples = policy_of(tokenizer, value)
+    found, tokens = rehearsal.flops_per_token(run, model, trained), 8 * 40
+    loss, batch = rehearsal._loss(trained, model, run.config), collate(samples)
+    assert found["learning"] == pytest.approx(3 * counted(lambda: loss(batch).backward()) / tokens, rel=0.005)
+    with torch.no_grad():
+        read = counted(lambda: (loss(batch), completion_logprobs(body_and_head(model, "policy"), samples)))
+    assert found["reading"] == pytest.approx(read / tokens, rel=0.02)  # with the four tokens that body_and_head looks at
+
+
+def test_the_memory_line_of_stage_6_holds_what_a_micro_step_keeps(tokenizer, monkeypatch):
+    monkeypatch.setattr(rehearsal, "amount", lambda size: f"{size} B")
+    run, model, trained, samples = policy_of(tokenizer, "head")
+    said = printed_memory(f"memory {rehearsal.memory(run, model, trained)}")
+    real = plan.saved_by(lambda: rehearsal._loss(trained, model, run.config)(collate(samples)), trained.parameters())
+    assert int(re.search(r"activations and logits (\d+)", rehearsal.memory(run, model, trained))[1]) == pytest.approx(real, rel=0.02)
+    weights = 4 * sum(parameter.numel() for parameter in trained.parameters())
+    assert said["gradients"] == weights and said["Adam"] == 2 * weights
+    run.state.num_processes = 2
+    in_two = printed_memory(f"memory {rehearsal.memory(run, model, trained)}")
+    assert "in each process" in rehearsal.memory(run, model, trained) and in_two["gradients"] >= 2 * weights  # DDP sends from buckets
 
 
 def test_a_judge_keeps_no_grades_in_a_dry_run(home):
