@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -160,7 +160,8 @@ class PPOTrainer:
         training = config.training
         self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
                                        cpu=run.device.type == "cpu", log_with=config.logging.trackers or None,
-                                       project_dir=str(run.folder.run))
+                                       project_dir=str(run.folder.run),  # gradients lie in what DDP sends, not beside it:
+                                       kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
         processes = self.accelerator.num_processes
         if training.batch_size // config.ppo.minibatches % processes:
             raise UserError(f"a minibatch of {training.batch_size // config.ppo.minibatches} completions (training.batch_size / "

@@ -66,7 +66,7 @@ def memory(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module) -> st
         split = run.longest - config.generation.max_new_tokens
         batch = collate([Sample("", "", row[:split], row[split:], finished=False) for row in ids], run.device)
         # Blocks are recomputed in train mode only.
-        with models.mode(trained, training=model.is_activation_checkpointing), _autocast(run):
+        with models.mode(trained, training=model.is_activation_checkpointing), run.autocast():
             return plan.saved_by(lambda: _loss(trained, model, config)(batch), [*weights, *frozen])
 
     weights = [*trained.parameters(), *trained.buffers()]
@@ -75,7 +75,8 @@ def memory(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module) -> st
     found = plan.measured_activations(kept_by, model, at_once, run.device)
     recomputed = config.training.gradient_checkpointing
     here, other = (found.get(on) for on in (recomputed, not recomputed))
-    gradients = plan.gradient_bytes(trained.parameters(), processes, math.ceil(share / at_once), views=False)
+    gradients = plan.gradient_bytes(trained.parameters(), processes, math.ceil(share / at_once),
+                                    views=config.algorithm == "ppo")
     sizes = {"weights": plan.storage_bytes(weights), "gradients": gradients, "Adam": 2 * plan.storage_bytes(trained.parameters()),
              "reference and rewards": plan.storage_bytes(frozen), "activations and logits": here.peak}
     alternative = f"; {amount(other.peak)} with{'out' * recomputed} gradient_checkpointing" if other else ""
@@ -110,7 +111,7 @@ def rehearse(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module | No
     prompts, held, every = run.prompts.batch(0, per_device), [], []
 
     def write(count: int) -> None:
-        with _autocast(run):
+        with run.autocast():
             held[:] = sample(model, run.tokenizer, prompts[:count], seeds_of(config.seed, len(every), range(count)),
                              max_new_tokens=config.generation.max_new_tokens, temperature=config.generation.temperature)
         every.extend(held)
@@ -118,11 +119,11 @@ def rehearse(run: "RLRun", model: PreTrainedModel, trained: torch.nn.Module | No
                        completion_ids=[s.completion_ids for s in held], prompt_ids=[s.prompt_ids for s in held])
 
     def read(count: int) -> None:
-        with _autocast(run):
+        with run.autocast():
             completion_logprobs(body_and_head(run.reference, "reference"), _first(held, count), temperature=config.generation.temperature)
 
     def forward(count: int) -> torch.Tensor:
-        with _autocast(run):
+        with run.autocast():
             return learn(collate(_first(held, count), run.device))
 
     writing, at_once = plan.per_sequence(write, per_device, run.device)
@@ -180,10 +181,6 @@ def _loss(trained: torch.nn.Module, model: PreTrainedModel, config: RLConfig) ->
 def _first(samples: list[Sample], count: int) -> list[Sample]:
     """`count` samples, again from the first where there are fewer."""
     return [samples[number % len(samples)] for number in range(count)]
-
-
-def _autocast(run: "RLRun") -> torch.autocast:
-    return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.config.training.precision == "bf16")
 
 
 def _steps_left(run: "RLRun", completions: int, words: float) -> int | None:
