@@ -240,34 +240,6 @@ def test_arrays_share_out_seeds_milestones_and_runs_of_a_sweep(chain, fakes, clu
         assert lines(sweep, task) == [f"--config configs/demo/moep.yaml --run {task} training.threads=1"]
 
 
-def test_a_sweep_is_submitted_with_students_after_their_teachers(chain, clusters, project):
-    """With the teacher preempted, and one teacher that fails: its own student alone is not started. What is done is not submitted again."""
-    cluster = clusters["requeue_exit"]
-    base = {"teacher": {"stage": "train_teacher.py", "config": "tiny/teacher.yaml"},
-            "KD": {"config": "tiny/student.yaml", "distillation.teacher": "models/sw/{text}-teacher-s1"}}
-    (project / "sw.yaml").write_text(yaml.safe_dump({
-        "name": "sw", "seeds": [1], "grid": {"text": {"good": {}, "bad": {"data.corpus": "nowhere"}}, "method": base}}, sort_keys=False))
-    submit = ["bash", "slurm/submit_sweep.sh", "sw.yaml", "training.threads=1"]
-    planned = cluster.run(*submit, "--plan", cwd=project)
-    assert re.findall(r"- +(\d.*)", planned) == ["0 good-teacher-s1, 2 bad-teacher-s1", "1 good-KD-s1, 3 bad-KD-s1  after these"]
-    cluster.wait(chain[1]["corpus"])  # its text is read here too
-    out = cluster.run(*submit, "--", "--time=20:00", cwd=project)
-    first, second = re.findall(r"^ *(\d+)  \d", out, re.MULTILINE)
-    student = project / "models/sw/good-KD-s1"
-    assert (status(student)["state"], status(student)["job"]) == ("pending", f"{second}_1")
-    again = subprocess.run(submit, cwd=project, env=cluster.env, capture_output=True, text=True)
-    assert again.returncode == 1 and "which is in the queue" in again.stderr
-    wait_until("the teacher trains", lambda: "step " in (project / f"slurm/logs/sw-{first}_0.out").read_text())
-    cluster.run("scancel", "--signal=USR1", "--batch", f"{first}_0")
-    assert cluster.wait(first) == {"COMPLETED", "FAILED"} and cluster.wait(second) == {"COMPLETED", "FAILED"}
-    log = (project / f"slurm/logs/sw-{first}_0.out").read_text()
-    assert "goes back into the queue" in log and "resuming from models/sw/good-teacher-s1/checkpoint-" in log
-    assert (student / "run" / "finished.json").is_file() and status(student)["state"] == "done"
-    assert "not started, because bad-teacher-s1 is not done" in (project / f"slurm/logs/sw-{second}_3.out").read_text()
-    left = cluster.run(*submit, "--plan", cwd=project)
-    assert re.findall(r"- +(\d.*)", left) == ["2 bad-teacher-s1", "3 bad-KD-s1  after these"]
-
-
 @pytest.mark.parametrize("name", ["stock", "requeue_exit"])
 def test_what_is_always_preempted_or_fails_ends_and_takes_its_dependents_with_it(clusters, fakes, name, monkeypatch, capsys):
     cluster, (folder, jobs) = clusters[name], fakes[name]
@@ -320,6 +292,34 @@ def test_a_pipeline_of_real_stages_goes_on_where_it_was_preempted(chain, project
     assert len(re.findall(r"^step +1/400", log, re.MULTILINE)) == 1, "it began again"  # and the log was appended to
     assert "start 2," in log and f"at step {stopped} of 400; the same command continues there" in log
     assert list((project / "figures/tiny").glob("*.png"))
+
+
+def test_a_sweep_is_submitted_with_students_after_their_teachers(chain, clusters, project):
+    """With the teacher preempted, and one teacher that fails: its own student alone is not started. What is done is not submitted again."""
+    cluster = clusters["requeue_exit"]
+    base = {"teacher": {"stage": "train_teacher.py", "config": "tiny/teacher.yaml"},
+            "KD": {"config": "tiny/student.yaml", "distillation.teacher": "models/sw/{text}-teacher-s1"}}
+    (project / "sw.yaml").write_text(yaml.safe_dump({
+        "name": "sw", "seeds": [1], "grid": {"text": {"good": {}, "bad": {"data.corpus": "nowhere"}}, "method": base}}, sort_keys=False))
+    submit = ["bash", "slurm/submit_sweep.sh", "sw.yaml", "training.threads=1"]
+    planned = cluster.run(*submit, "--plan", cwd=project)
+    assert re.findall(r"- +(\d.*)", planned) == ["0 good-teacher-s1, 2 bad-teacher-s1", "1 good-KD-s1, 3 bad-KD-s1  after these"]
+    cluster.wait(chain[1]["corpus"])  # its text is read here too
+    out = cluster.run(*submit, "--", "--time=20:00", cwd=project)
+    first, second = re.findall(r"^ *(\d+)  \d", out, re.MULTILINE)
+    student = project / "models/sw/good-KD-s1"
+    assert (status(student)["state"], status(student)["job"]) == ("pending", f"{second}_1")
+    again = subprocess.run(submit, cwd=project, env=cluster.env, capture_output=True, text=True)
+    assert again.returncode == 1 and "which is in the queue" in again.stderr
+    wait_until("the teacher trains", lambda: "step " in (project / f"slurm/logs/sw-{first}_0.out").read_text())
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{first}_0")
+    assert cluster.wait(first) == {"COMPLETED", "FAILED"} and cluster.wait(second) == {"COMPLETED", "FAILED"}
+    log = (project / f"slurm/logs/sw-{first}_0.out").read_text()
+    assert "goes back into the queue" in log and "resuming from models/sw/good-teacher-s1/checkpoint-" in log
+    assert (student / "run" / "finished.json").is_file() and status(student)["state"] == "done"
+    assert "not started, because bad-teacher-s1 is not done" in (project / f"slurm/logs/sw-{second}_3.out").read_text()
+    left = cluster.run(*submit, "--plan", cwd=project)
+    assert re.findall(r"- +(\d.*)", left) == ["2 bad-teacher-s1", "3 bad-KD-s1  after these"]
 
 
 def test_torchrun_hides_the_code_but_not_the_status(clusters, fakes):
