@@ -367,6 +367,16 @@ def submit(jobs: list[Job], options: list[str], torchrun: bool) -> None:
         raise
 
 
+def read_command(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """(arguments, what stands behind `--`, for sbatch). UserError where something is to be submitted and there is no SLURM."""
+    words = sys.argv[1:]
+    behind = words.index("--") if "--" in words else len(words)
+    args = parser.parse_intermixed_args(words[:behind])
+    if not args.plan and not shutil.which("sbatch"):
+        raise UserError("sbatch is not installed: run this where SLURM is, on the cluster's login node (--plan works everywhere)")
+    return args, words[behind + 1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bash slurm/submit_pipeline.sh", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -375,15 +385,11 @@ def main() -> None:
     parser.add_argument("--torchrun", action="store_true", help="training stages through slurm/multi_node.sbatch")
     parser.add_argument("--plan", action="store_true", help="check everything and print the jobs; submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="[NAME:]key=value", help="any key of the YAMLs")
-    words = sys.argv[1:]
-    behind = words.index("--") if "--" in words else len(words)
-    args = parser.parse_intermixed_args(words[:behind])
-    if not args.plan and not shutil.which("sbatch"):
-        raise UserError("sbatch is not installed: run this where SLURM is, on the cluster's login node (--plan works everywhere)")
+    args, options = read_command(parser)
     jobs = plan(args.configs, args.stages, args.overrides)
     if not args.plan:
         require_free(jobs, jobs_in_queue())
-        submit(jobs, words[behind + 1:], args.torchrun)
+        submit(jobs, options, args.torchrun)
     width = max(len(job.label) for job in jobs)
     for job in jobs:
         after = f"  after {', '.join(other.id or other.label for other in job.after)}" if job.after else ""

@@ -9,14 +9,12 @@ however its runs ended (afterany): each run looks by itself whether what it read
 """
 
 import argparse
-import shutil
 import subprocess
-import sys
 
 from babylm.run_folder import run_stage, write_status
 from babylm.schema import UserError, check, read_yaml
 from babylm.sweeps import PlannedRun, SweepConfig, plan, waves
-from slurm.pipeline import slurm_command
+from slurm.pipeline import read_command, slurm_command
 from slurm.runs import WAITING, jobs_in_queue, read_status
 
 
@@ -78,11 +76,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=0, metavar="N", help="runs at a time (default: as many as the cluster lets)")
     parser.add_argument("--plan", action="store_true", help="check everything and print the arrays; submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any config key, for every run")
-    words = sys.argv[1:]
-    behind = words.index("--") if "--" in words else len(words)
-    args = parser.parse_intermixed_args(words[:behind])
-    if not args.plan and not shutil.which("sbatch"):
-        raise UserError("sbatch is not installed: run this where SLURM is, on the cluster's login node (--plan works everywhere)")
+    args, options = read_command(parser)
     sweep = check(SweepConfig, read_yaml(args.config), args.config)
     runs = plan(sweep, args.overrides)
     arrays = left_to_do(runs)
@@ -92,7 +86,7 @@ def main() -> None:
     jobs = ["-"] * len(arrays)
     if not args.plan:
         require_free(runs)
-        jobs = submit(sweep, runs, arrays, [args.config, *args.overrides], words[behind + 1:], args.most)
+        jobs = submit(sweep, runs, arrays, [args.config, *args.overrides], options, args.most)
     for place, (job, numbers) in enumerate(zip(jobs, arrays, strict=True)):
         after = f"  after {jobs[place - 1] if jobs[0] != '-' else 'these'}" if place else ""
         print(f"{job:>8}  {', '.join(f'{number} {runs[number].name}' for number in numbers)}{after}")
